@@ -1,0 +1,166 @@
+"""Every path of an experiment and of a run, and the name that a run's settings give it."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_hpc.config.schema import RunConfig, identity
+
+
+def run_hash(run: RunConfig) -> str:
+    """Eight hexadecimal digits over the settings that change the result; equal settings, equal digits."""
+    text = json.dumps(identity(run), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text so that a reader, or a kill at any instant, sees the old or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no file yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/<experiment>/<index>-<hash>/ and everything in it. Makes no folder by itself."""
+
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """<experiment>/<index>-<hash>, as the commands take it."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def experiment(self) -> "ExperimentFolder":
+        """The experiment that the run belongs to."""
+        return ExperimentFolder(self.path.parent)
+
+    @property
+    def config(self) -> Path:
+        """Resolved settings, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        """Code version and its diff, package versions, host."""
+        return self.path / "provenance.json"
+
+    @property
+    def state(self) -> Path:
+        """Attempts and how each ended; written by the supervisor alone."""
+        return self.path / "state.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Step and phase of a living run; written by rank 0."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a step, each step once."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds one folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        """Where `export` writes unless told otherwise."""
+        return self.path / "exports"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Locked while a supervisor of this run lives on this machine."""
+        return self.path / "supervisor.lock"
+
+    @property
+    def cancel_mark(self) -> Path:
+        """Its presence tells the supervisor that a person, not the scheduler, ended the job."""
+        return self.path / "cancelled"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint written after `step` optimizer steps."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The whole checkpoint of the latest step; none before the first save."""
+        return max(self.checkpoints.glob("step_????????"), default=None)
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """Logs of the attempt-th start of the step, counted from 0."""
+        return self.path / "logs" / f"{attempt:03d}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """Everything that one rank printed in one attempt."""
+        return self.attempt_logs(attempt) / f"rank_{rank}.log"
+
+    def launcher_log(self, attempt: int) -> Path:
+        """What the process that starts the ranks printed: deaths before a rank could open its own log."""
+        return self.attempt_logs(attempt) / "launcher.log"
+
+    def outcome(self, attempt: int) -> Path:
+        """How the attempt ended, as rank 0 saw it; missing where it could not tell."""
+        return self.attempt_logs(attempt) / "outcome.json"
+
+
+@dataclass(frozen=True)
+class ExperimentFolder:
+    """runs/<experiment>/: the runs of one experiment file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Experiment name."""
+        return self.path.name
+
+    @property
+    def submissions(self) -> Path:
+        """One JSON line a submission: which run went to which job."""
+        return self.path / "submissions.jsonl"
+
+    @property
+    def submitit(self) -> Path:
+        """Where submitit keeps its pickles and the supervisors' logs."""
+        return self.path / "submitit"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.path / "report" / "index.html"
+
+    def slot_lock(self, slot: int) -> Path:
+        """Locked by the supervisor that holds one of `max_parallel` places on this machine."""
+        return self.path / "slots" / f"{slot}.lock"
+
+    def runs(self) -> list[RunFolder]:
+        """The runs that have a folder, in the order of their index."""
+        return [RunFolder(config.parent) for config in sorted(self.path.glob("*-*/config.yaml"))]
+
+    def place(self, runs: list[RunConfig]) -> list[RunFolder]:
+        """A folder for each run: the one it has already, else the next free index."""
+        existing = {folder.path.name.partition("-")[2]: folder for folder in self.runs()}
+        free = 1 + max((int(folder.path.name.partition("-")[0]) for folder in existing.values()), default=-1)
+        placed = []
+        for run in runs:
+            digits = run_hash(run)
+            if digits not in existing:
+                existing[digits] = RunFolder(self.path / f"{free:03d}-{digits}")
+                free += 1
+            placed.append(existing[digits])
+        return placed

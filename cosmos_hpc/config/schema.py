@@ -1,0 +1,395 @@
+"""Every setting of a run: its name, type, default, meaning, and the values it refuses.
+
+Fields whose metadata says `identity: False` don't change the result and so don't name the run
+(see `run_folder.run_hash`).
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from cosmos_hpc.config.errors import ConfigError
+
+TOKENIZER_NAME = re.compile(r"(?:^|-)(?P<kind>CV|DV)(?P<temporal>[48])x(?P<spatial>8|16)x(?P=spatial)(?:-720p)?$")
+
+
+def neutral(default: Any) -> Any:
+    """A field that changes how a run is executed but not what comes out of it."""
+    return field(default=default, metadata={"identity": False})
+
+
+def require(holds: bool, message: str) -> None:
+    """Refuse a value that can't work.
+
+    Raises:
+        ConfigError: with the message, if `holds` is false.
+    """
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which tokenizer, and the weights it starts from."""
+
+    model: str = "Cosmos-1.0-Tokenizer-CV8x8x8"
+    """Released tokenizer by name: any name that ends in CV8x8x8, DV8x16x16, CV4x8x8 and the like."""
+
+    jit_ckpt_pth: str | None = None
+    """Folder with the weights to start from (autoencoder.jit, an export, or a checkpoint of ours); none: random weights."""
+
+    channels: int = 128
+    """Base width of the network. The released tokenizers have 128; narrower ones are for trials on small machines."""
+
+    def __post_init__(self) -> None:
+        require(
+            TOKENIZER_NAME.search(self.model) is not None,
+            f"model.model is {self.model!r}, which names no Cosmos video tokenizer: "
+            "set one that ends in CV8x8x8, DV8x16x16, CV4x8x8, CV8x16x16, DV4x8x8 or DV8x8x8",
+        )
+        require(
+            self.channels >= 1,
+            f"model.channels is {self.channels}, but a network needs at least one: the released width is 128",
+        )
+
+    @property
+    def kind(self) -> str:
+        """`CV` (continuous latents) or `DV` (discrete indices)."""
+        return TOKENIZER_NAME.search(self.model)["kind"]  # type: ignore[index]  # checked in __post_init__
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame, after the first one."""
+        return int(TOKENIZER_NAME.search(self.model)["temporal"])  # type: ignore[index]
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        return int(TOKENIZER_NAME.search(self.model)["spatial"])  # type: ignore[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The dataset and the clips taken from it."""
+
+    path: str | None = None
+    """Folder of a dataset that `cosmos-hpc prepare` (or `energon prepare`) has indexed. Environment variables expand."""
+
+    num_frames: int = 33
+    """Frames per clip, T = 1 + k x temporal compression: the tokenizers are causal in time."""
+
+    crop_size: int = 256
+    """Height and width of a clip in pixels, a multiple of the tokenizer's spatial compression."""
+
+    micro_batch_size: int = neutral(1)
+    """Clips per rank in one forward."""
+
+    global_batch_size: int = 8
+    """Clips per step over all ranks; a multiple of micro_batch_size x ranks."""
+
+    num_workers: int = neutral(8)
+    """Decoding processes per rank, where num_streams does not decide."""
+
+    num_streams: int | None = None
+    """Independent sample streams over all ranks, fixed at the first start: num_workers x ranks where not given."""
+
+    shuffle_buffer_size: int = 100
+    """Encoded videos held per worker to draw from."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name} is {value}, but must be at least 1")
+        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: set 0 (decode in the rank itself) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long to train, on how many processes, and how often to look."""
+
+    max_steps: int = 5000
+    """Optimizer steps of the whole run."""
+
+    num_nodes: int = neutral(1)
+    """Nodes of the job."""
+
+    devices: int = neutral(1)
+    """Ranks per node: one per GPU, or processes on a machine without one."""
+
+    precision: str = "bf16"
+    """`bf16` (compute in bfloat16, weights stay float32) or `32`."""
+
+    seed: int = 1234
+    """Seeds the fresh weights, the order of the samples and every random crop."""
+
+    val_check_interval: int = neutral(100)
+    """Steps between two validations; the first comes before step 1, the last after the last step."""
+
+    limit_val_batches: int = neutral(8)
+    """Batches per rank in one validation."""
+
+    log_every_n_steps: int = neutral(10)
+    """Steps between two lines in the log; metrics.jsonl holds every step."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_nodes", "devices", "val_check_interval", "limit_val_batches", "log_every_n_steps"):
+            value = getattr(self, name)
+            require(value >= 1, f"trainer.{name} is {value}, but must be at least 1")
+        require(
+            self.precision in ("bf16", "32"),
+            f"trainer.precision is {self.precision!r}: set bf16 (float32 weights, bfloat16 compute) or 32",
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.num_nodes * self.devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-4
+    """Learning rate after warm-up."""
+
+    betas: tuple[float, float] = (0.5, 0.999)
+    """Decay rates of Adam's two moments."""
+
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+
+    weight_decay: float = 0.01
+    """Decoupled decay, on weights of two or more dimensions only."""
+
+    warmup_steps: int = 200
+    """Steps over which the rate rises from 0 to lr; constant afterwards."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr is {self.lr}, but must be above 0")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {list(self.betas)}, but both must lie in [0, 1)",
+        )
+        require(self.eps > 0, f"optim.eps is {self.eps}, but must be above 0")
+        for name in ("weight_decay", "warmup_steps", "clip_grad"):
+            value = getattr(self, name)
+            require(value >= 0, f"optim.{name} is {value}, but can't be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTermConfig:
+    """One term of the loss."""
+
+    weight: float = 1.0
+    """Factor of this term in the sum."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, f"a loss weight is {self.weight}, but can't be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The terms that are summed."""
+
+    l1: LossTermConfig = field(default_factory=LossTermConfig)
+    """Mean absolute difference between clip and reconstruction, both in [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_n_steps: int = 500
+    """Steps between two checkpoints; preemption and the last step save as well."""
+
+    keep: int = 3
+    """Checkpoints kept, newest first."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "keep"):
+            value = getattr(self, name)
+            require(value >= 1, f"checkpoint.{name} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerConfig:
+    """The image that the ranks run in. Named in YAML by a file under enroot/."""
+
+    mode: str = "none"
+    """`none` (the ranks run on the host), `pyxis` (flags of srun) or `enroot` (the plain command)."""
+
+    image: str | None = None
+    """Squashfs file on the shared file system, or a registry path such as nvcr.io/nvidia/nemo:25.02 (pyxis only)."""
+
+    mounts: tuple[str, ...] = ()
+    """SOURCE:TARGET[:ro] of each folder that the ranks see."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables set inside the container."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.mode in ("none", "pyxis", "enroot"),
+            f"container.mode is {self.mode!r}: set none, pyxis or enroot",
+        )
+        require(
+            self.mode == "none" or self.image is not None,
+            f"container.mode is {self.mode}, but container.image is not set: name a squashfs file",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where jobs run and what they ask for. Named in YAML by a file under slurm/, or `local`."""
+
+    executor: str = "local"
+    """`slurm`, or `local` for processes on this machine."""
+
+    partition: str | None = None
+    """SLURM partition; none leaves the choice to the cluster."""
+
+    account: str | None = None
+    """SLURM account that is charged."""
+
+    qos: str | None = None
+    """SLURM quality of service."""
+
+    constraint: str | None = None
+    """Node features that are required, such as h100."""
+
+    time_limit_min: int = 240
+    """Wall clock of one job in minutes; the job requeues itself and goes on after it."""
+
+    grace_s: int = 300
+    """Seconds before the time limit at which the ranks are told to save."""
+
+    cpus_per_task: int | None = None
+    """CPU cores per rank."""
+
+    gpus_per_node: int | None = None
+    """GPUs asked for on each node; none: one per rank."""
+
+    directives: dict[str, Any] = field(default_factory=dict)
+    """Further sbatch options by their long names with underscores."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables set for the ranks, such as NCCL's."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.executor in ("slurm", "local"),
+            f"cluster.executor is {self.executor!r}: set slurm or local",
+        )
+        for name in ("time_limit_min", "grace_s"):
+            value = getattr(self, name)
+            require(value >= 1, f"cluster.{name} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases. metrics.jsonl in the run folder is written whatever is set here."""
+
+    mode: str = "auto"
+    """`online`, `offline`, `disabled`, or `auto`: online where the key is set, else disabled."""
+
+    project: str = "cosmos-hpc"
+    """Project that the run is filed under."""
+
+    entity: str | None = None
+    """Team or user that owns the project."""
+
+    api_key_env: str = "WANDB_API_KEY"
+    """Name of the environment variable that holds the key; the key itself is never a setting."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.mode in ("auto", "online", "offline", "disabled"),
+            f"wandb.mode is {self.mode!r}: set auto, online, offline or disabled",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: the settings of an experiment file after one choice of its sweep."""
+
+    name: str = "train"
+    """Experiment; its runs lie in runs/<name>/. Letters, digits, `_`, `-` and `.`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network and starting weights."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Dataset and clips."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Length, ranks, validation."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss terms."""
+
+    checkpoint: CheckpointConfig = neutral(CheckpointConfig())
+    """Saving."""
+
+    container: ContainerConfig = neutral(ContainerConfig())
+    """Image of the ranks."""
+
+    cluster: ClusterConfig = neutral(ClusterConfig())
+    """Scheduler and what is asked of it."""
+
+    wandb: WandbConfig = neutral(WandbConfig())
+    """Online tracking."""
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[\w.-]+", self.name) is not None and not self.name.startswith("."),
+            f"name is {self.name!r}, but names a folder: use letters, digits, _ and -",
+        )
+        self._check_clip_size()
+        self._check_batch()
+
+    def _check_clip_size(self) -> None:
+        frames, temporal = self.data.num_frames, self.model.temporal_compression
+        require(
+            frames % temporal == 1,
+            f"data.num_frames is {frames}, but {self.model.model} takes 1 + {temporal}k: "
+            f"set {max(1, frames // temporal * temporal + 1)} or {(frames // temporal + 1) * temporal + 1}",
+        )
+        crop, spatial = self.data.crop_size, self.model.spatial_compression
+        require(
+            crop % spatial == 0,
+            f"data.crop_size is {crop}, but {self.model.model} takes multiples of {spatial}: "
+            f"set {max(spatial, crop // spatial * spatial)} or {(crop // spatial + 1) * spatial}",
+        )
+
+    def _check_batch(self) -> None:
+        micro, ranks, total = self.data.micro_batch_size, self.trainer.world_size, self.data.global_batch_size
+        smallest = micro * ranks
+        require(
+            total % smallest == 0,
+            f"data.global_batch_size is {total}, but must be a multiple of data.micro_batch_size x ranks "
+            f"= {micro} x {ranks}: set {max(smallest, total // smallest * smallest)} or {(total // smallest + 1) * smallest}",
+        )
+        streams = self.data.num_streams
+        require(
+            streams is None or (streams >= 0 and streams % ranks == 0),
+            f"data.num_streams is {streams}, but must divide evenly over {ranks} ranks: "
+            f"set a multiple of {ranks}, or change trainer.devices and trainer.num_nodes",
+        )
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that change the result, nested as in YAML; every other setting is left out."""
+    settings = {}
+    for item in dataclasses.fields(config):
+        if item.metadata.get("identity", True):
+            value = getattr(config, item.name)
+            settings[item.name] = identity(value) if dataclasses.is_dataclass(value) else value
+    return settings

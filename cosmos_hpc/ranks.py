@@ -1,0 +1,50 @@
+"""Who am I among the ranks, and how do I log: rank 0 tells the story, every rank may warn."""
+
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a step."""
+
+    rank: int
+    """Global index."""
+
+    local_rank: int
+    """Index on its node."""
+
+    world_size: int
+    """Number of ranks."""
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, the one that writes."""
+        return self.rank == 0
+
+
+def current_rank() -> Rank:
+    """This process as torchrun or srun describes it; alone where neither started it."""
+    for names in (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")):
+        if all(name in os.environ for name in names):
+            return Rank(*(int(os.environ[name]) for name in names))
+    return Rank(rank=0, local_rank=0, world_size=1)
+
+
+def set_up_logging(rank: Rank | None = None) -> None:
+    """Log to standard error: rank 0 from INFO on, other ranks from WARNING on, each line with rank and host.
+
+    Args:
+        rank: none for the supervisor and the commands, which have no rank.
+    """
+    level = logging.INFO if rank is None or rank.is_first else logging.WARNING
+    who = "" if rank is None else f" rank {rank.rank}@{socket.gethostname()}"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{who} %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logger = logging.getLogger("cosmos_hpc")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
