@@ -1,7 +1,7 @@
 """Every setting of a run: its name, type, default, meaning, and the values it refuses.
 
 Fields whose metadata says `identity: False` don't change the result and so don't name the run
-(see `run_folder.run_hash`).
+(see `run_folder.run_hash`); those that say `expands: True` take environment variables and `~`.
 """
 
 import dataclasses
@@ -17,6 +17,11 @@ TOKENIZER_NAME = re.compile(r"(?:^|-)(?P<kind>CV|DV)(?P<temporal>[48])x(?P<spati
 def neutral(default: Any) -> Any:
     """A field that changes how a run is executed but not what comes out of it."""
     return field(default=default, metadata={"identity": False})
+
+
+def expands(default: Any, **metadata: bool) -> Any:
+    """A path or name in which `$NAME`, `${NAME}` of the environment and `~` are expanded."""
+    return field(default=default, metadata={"expands": True, **metadata})
 
 
 def require(holds: bool, message: str) -> None:
@@ -36,8 +41,8 @@ class ModelConfig:
     model: str = "Cosmos-1.0-Tokenizer-CV8x8x8"
     """Released tokenizer by name: any name that ends in CV8x8x8, DV8x16x16, CV4x8x8 and the like."""
 
-    jit_ckpt_pth: str | None = None
-    """Folder with the weights to start from (autoencoder.jit, an export, or a checkpoint of ours); none: random weights."""
+    jit_ckpt_pth: str | None = expands(None)
+    """Weights to start from: a folder with autoencoder.jit, an export, a run or a checkpoint; none: random weights."""
 
     channels: int = 128
     """Base width of the network. The released tokenizers have 128; narrower ones are for trials on small machines."""
@@ -73,8 +78,8 @@ class ModelConfig:
 class DataConfig:
     """The dataset and the clips taken from it."""
 
-    path: str | None = None
-    """Folder of a dataset that `cosmos-hpc prepare` (or `energon prepare`) has indexed. Environment variables expand."""
+    path: str | None = expands(None)
+    """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed."""
 
     num_frames: int = 33
     """Frames per clip, T = 1 + k x temporal compression: the tokenizers are causal in time."""
@@ -101,7 +106,9 @@ class DataConfig:
         for name in ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is {value}, but must be at least 1")
-        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: set 0 (decode in the rank itself) or more")
+        require(
+            self.num_workers >= 0, f"data.num_workers is {self.num_workers}: set 0 (decode in the rank itself) or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +140,14 @@ class TrainerConfig:
     """Steps between two lines in the log; metrics.jsonl holds every step."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "num_nodes", "devices", "val_check_interval", "limit_val_batches", "log_every_n_steps"):
+        for name in (
+            "max_steps",
+            "num_nodes",
+            "devices",
+            "val_check_interval",
+            "limit_val_batches",
+            "log_every_n_steps",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name} is {value}, but must be at least 1")
         require(
@@ -223,7 +237,7 @@ class ContainerConfig:
     mode: str = "none"
     """`none` (the ranks run on the host), `pyxis` (flags of srun) or `enroot` (the plain command)."""
 
-    image: str | None = None
+    image: str | None = expands(None)
     """Squashfs file on the shared file system, or a registry path such as nvcr.io/nvidia/nemo:25.02 (pyxis only)."""
 
     mounts: tuple[str, ...] = ()
@@ -317,7 +331,7 @@ class WandbConfig:
 class RunConfig:
     """One run: the settings of an experiment file after one choice of its sweep."""
 
-    name: str = "train"
+    name: str = expands("train")
     """Experiment; its runs lie in runs/<name>/. Letters, digits, `_`, `-` and `.`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -372,16 +386,46 @@ class RunConfig:
     def _check_batch(self) -> None:
         micro, ranks, total = self.data.micro_batch_size, self.trainer.world_size, self.data.global_batch_size
         smallest = micro * ranks
+        lower, upper = max(smallest, total // smallest * smallest), (total // smallest + 1) * smallest
         require(
             total % smallest == 0,
             f"data.global_batch_size is {total}, but must be a multiple of data.micro_batch_size x ranks "
-            f"= {micro} x {ranks}: set {max(smallest, total // smallest * smallest)} or {(total // smallest + 1) * smallest}",
+            f"= {micro} x {ranks}: set {lower} or {upper}",
         )
         streams = self.data.num_streams
         require(
             streams is None or (streams >= 0 and streams % ranks == 0),
             f"data.num_streams is {streams}, but must divide evenly over {ranks} ranks: "
             f"set a multiple of {ranks}, or change trainer.devices and trainer.num_nodes",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """One experiment file, many runs: the product of all grid keys and of the zipped ones taken together."""
+
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Setting (dotted) to its values; every combination becomes a run, the last key varying fastest."""
+
+    zip: dict[str, list[Any]] = field(default_factory=dict)
+    """Setting (dotted) to its values; lists of equal length, walked side by side."""
+
+    max_parallel: int | None = None
+    """Runs at the same time; none: as many as the cluster gives, and one on a local machine."""
+
+    def __post_init__(self) -> None:
+        for key, values in (*self.grid.items(), *self.zip.items()):
+            require(len(values) > 0, f"sweep: {key} has no values: give a list of at least one")
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        require(
+            len(set(lengths.values())) <= 1,
+            f"sweep.zip walks its lists side by side, but their lengths are {lengths}: make them equal",
+        )
+        twice = set(self.grid) & set(self.zip)
+        require(not twice, f"sweep names {', '.join(sorted(twice))} in grid and in zip: keep one")
+        require(
+            self.max_parallel is None or self.max_parallel >= 1,
+            f"sweep.max_parallel is {self.max_parallel}, but must be at least 1",
         )
 
 

@@ -1,0 +1,269 @@
+"""YAML files and dotted overrides to typed settings; every refusal names the key, the place and the mend."""
+
+import copy
+import dataclasses
+import difflib
+import os
+import shutil
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.schema import RunConfig, SweepConfig
+
+PROFILE_GROUPS = ("cluster", "container")
+"""Groups that YAML may give by the name of a file."""
+
+SHIPPED = (Path(__file__).parents[2], Path(__file__).parents[1] / "shipped")
+"""Where jobs/, slurm/ and enroot/ lie: beside the package in a checkout, inside it in a wheel."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file as written: settings before the sweep has chosen, and the sweep."""
+
+    source: str
+    """Where the settings come from, for messages."""
+
+    settings: dict[str, Any]
+    """Nested as in YAML, checked for unknown keys; values as written."""
+
+    sweep: SweepConfig
+    """What varies."""
+
+
+def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and lay `key=value` overrides on top.
+
+    An override of a key that the sweep varies takes it out of the sweep.
+
+    Args:
+        path: YAML file; none for overrides alone, on the defaults.
+        overrides: such as `optim.lr=3e-5`.
+
+    Raises:
+        ConfigError: for a missing or malformed file, an unknown key, a profile that does not exist.
+    """
+    source = "command line" if path is None else str(path)
+    written = {} if path is None else _with_profiles(_read_mapping(path), source)
+    changes = _with_profiles(_parse_overrides(overrides), "command line")
+    for settings, origin in ((written, source), (changes, "command line")):
+        _refuse_unknown_keys(settings, origin)
+    merged = _merge(written, changes)
+    sweep = merged.pop("sweep", None) or {}
+    overridden = set(_dotted_keys(changes))
+    for form in ("grid", "zip"):
+        if form in sweep:
+            sweep[form] = {key: values for key, values in sweep[form].items() if key not in overridden}
+    if "cluster" not in merged and shutil.which("sbatch"):
+        merged["cluster"] = {"executor": "slurm"}
+    experiment = Experiment(source, _expanded(merged, source), _typed(SweepConfig, sweep, source))
+    for key in (*experiment.sweep.grid, *experiment.sweep.zip):
+        _refuse_unknown_setting(key, f"{source}: sweep")
+    return experiment
+
+
+def resolve(experiment: Experiment, choices: Mapping[str, Any]) -> RunConfig:
+    """The run that an experiment becomes under one choice of its sweep.
+
+    Args:
+        experiment: from `load_experiment`.
+        choices: dotted setting to value.
+
+    Raises:
+        ConfigError: for a value that can't work.
+    """
+    settings = copy.deepcopy(experiment.settings)
+    for key, value in choices.items():
+        *groups, last = key.split(".")
+        target = settings
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[last] = value
+    chosen = "".join(f", {key}={value}" for key, value in choices.items())
+    return _typed(RunConfig, settings, experiment.source + chosen)
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The settings that a run folder's config.yaml holds.
+
+    Raises:
+        ConfigError: if the file is missing or not of this version's form.
+    """
+    settings = _read_mapping(path)
+    _refuse_unknown_keys(settings, str(path))
+    return _typed(RunConfig, settings, str(path))
+
+
+def to_yaml(run: RunConfig) -> str:
+    """All settings of a run as YAML that `read_run_config` reads back."""
+    container = OmegaConf.to_container(OmegaConf.structured(run))
+    return yaml.safe_dump(container, sort_keys=False, allow_unicode=True)
+
+
+def find_shipped(name: str) -> Path | None:
+    """A file named from the working folder, or else from among those that come with the package."""
+    return next((path for path in (Path(name), *(root / name for root in SHIPPED)) if path.is_file()), None)
+
+
+def known_settings(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Dotted name and field of every setting, in the order of the schema."""
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(item.type):
+            yield from known_settings(typing.cast(type, item.type), f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, item
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        mend = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        raise ConfigError(f"{path} is no file: {mend}")
+    try:
+        loaded = OmegaConf.create(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    container = OmegaConf.to_container(loaded)
+    if not isinstance(container, dict):
+        raise ConfigError(f"{path} holds a list, but settings are `group: {{name: value}}`: see jobs/quickstart.yaml")
+    return typing.cast(dict[str, Any], container)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is no override: write group.name=value, such as optim.lr=3e-5")
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"overrides {' '.join(overrides)}: {_first_line(error)}") from None
+
+
+def _with_profiles(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Put the content of `cluster: slurm/h100.yaml` and the like in the place of the name."""
+    folders = {"cluster": "slurm", "container": "enroot"}
+    for group in PROFILE_GROUPS:
+        name = settings.get(group)
+        if isinstance(name, str):
+            path = find_shipped(name) or find_shipped(f"{folders[group]}/{name}.yaml")
+            if path is None:
+                raise ConfigError(
+                    f"{source}: {group} is {name!r}, but there is no such file: see {folders[group]}/*.yaml"
+                )
+            settings[group] = _Profile(_read_mapping(path))
+    return settings
+
+
+class _Profile(dict[str, Any]):
+    """A group read from its own file: replaces the group below it as a whole."""
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict) and not isinstance(value, _Profile):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _dotted_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+def _refuse_unknown_keys(settings: Mapping[str, Any], source: str) -> None:
+    groups, leaves, free = _known_keys()
+    for key in _dotted_keys(settings):
+        group = key.rpartition(".")[0]
+        if key in groups:
+            _refuse_non_mapping(settings, key, source)
+        elif key not in leaves and (group == "" or group in groups):
+            raise ConfigError(f"{source}: {key} is no setting: did you mean {_nearest(key, [*groups, *leaves])}?")
+        elif key not in leaves and not any(key.startswith(f"{name}.") for name in free):
+            raise ConfigError(f"{source}: {key}: {group} is a single value and holds no settings")
+
+
+def _refuse_non_mapping(settings: Mapping[str, Any], group: str, source: str) -> None:
+    value: Any = settings
+    for part in group.split("."):
+        value = value[part]
+    if value is not None and not isinstance(value, dict):
+        example = next(name for name in _known_keys()[1] if name.startswith(f"{group}."))
+        raise ConfigError(f"{source}: {group} is {value!r}, but is a group of settings: write {example}: ...")
+
+
+def _refuse_unknown_setting(key: str, source: str) -> None:
+    leaves = [name for name, _ in known_settings()]
+    if key not in leaves:
+        raise ConfigError(f"{source}: {key} is no setting: did you mean {_nearest(key, leaves)}?")
+
+
+def _known_keys() -> tuple[list[str], list[str], list[str]]:
+    """Groups, settings, and those settings that are mappings with keys of the user's choice."""
+    items = [*known_settings(), *known_settings(SweepConfig, "sweep.")]
+    leaves = [name for name, _ in items]
+    groups = {".".join(name.split(".")[:depth]) for name in leaves for depth in range(1, name.count(".") + 1)}
+    return sorted(groups), leaves, [name for name, item in items if typing.get_origin(item.type) is dict]
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    last = key.rpartition(".")[2]
+    by_whole = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    by_last = [name for name in known if name.rpartition(".")[2] == last]
+    return next(iter(by_whole or by_last or difflib.get_close_matches(key, known, n=1, cutoff=0.0)))
+
+
+def _expanded(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Expand the environment where a setting allows it, and refuse `${` elsewhere."""
+    allowed = {name for name, item in known_settings() if item.metadata.get("expands")}
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: walk(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()}
+        if isinstance(value, str) and key in allowed:
+            return _expand(value, key, source)
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{source}: {key} is {value!r}, but variables expand only in "
+                f"{', '.join(sorted(allowed))}: write the value"
+            )
+        return value
+
+    return typing.cast(dict[str, Any], walk(settings, ""))
+
+
+def _expand(value: str, key: str, source: str) -> str:
+    expanded = os.path.expandvars(Path(value).expanduser() if value.startswith("~") else value)
+    if "$" in expanded:
+        raise ConfigError(f"{source}: {key} is {value!r}, which names a variable that is not set: export it first")
+    return expanded
+
+
+def _typed(schema: type, settings: Mapping[str, Any], source: str) -> Any:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(settings)))
+        return OmegaConf.to_object(merged)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        raise ConfigError(f"{source}: {key}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
