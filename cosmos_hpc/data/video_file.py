@@ -1,0 +1,109 @@
+"""Whole video files, frame by frame, through PyAV: reading, writing and looking at what is inside."""
+
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+
+class VideoInfo(NamedTuple):
+    """What a video file says of itself."""
+
+    frames: int
+    """Number of frames that are there, counted from the packets."""
+
+    frames_promised: int
+    """Number of frames that the file says it has; 0 where it doesn't."""
+
+    height: int
+    """Pixels, as stored (before any rotation flag)."""
+
+    width: int
+    """Pixels, as stored."""
+
+    fps: float
+    """Mean frames per second; 0 where the file doesn't say."""
+
+    codec: str
+    """FFmpeg's name of the codec, such as h264."""
+
+
+def probe(path: Path) -> VideoInfo:
+    """Look into a video without decoding it.
+
+    Raises:
+        ValueError: if the file holds no video that can be opened.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video stream")
+            stream = container.streams.video[0]
+            frames = sum(packet.size > 0 for packet in container.demux(stream))
+            codec = stream.codec_context
+            return VideoInfo(
+                frames, stream.frames, codec.height, codec.width, float(stream.average_rate or 0), codec.name
+            )
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} can't be opened as a video: {error.strerror}") from error
+
+
+def read_frames(path: Path, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+    """Decode a video in order.
+
+    Args:
+        path: The file.
+        start: First frame that is yielded, counted from 0.
+        stop: Frame before which to end; none: the end of the file.
+
+    Yields:
+        uint8 [H, W, 3], RGB.
+    """
+    with av.open(str(path)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if stop is not None and index >= stop:
+                return
+            if index >= start:
+                yield frame.to_ndarray(format="rgb24")
+
+
+def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
+    """Encode frames as H.264 (yuv420p), which every player and decoder reads.
+
+    yuv420p halves the colour in both directions, so an odd height or width grows by one repeated pixel.
+    The file appears under its name only when it is whole.
+
+    Args:
+        path: File to write.
+        frames: uint8 [H, W, 3] each, all of one size.
+        fps: Frames per second.
+        crf: x264's constant rate factor: 0 is lossless, 18 looks lossless, 51 is worst.
+
+    Raises:
+        ValueError: if there are no frames.
+    """
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"no frames to write into {path}")
+    height, width = first.shape[:2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with av.open(str(partial), "w", format="mp4") as container:
+            stream = container.add_stream(
+                "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)}
+            )
+            stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+            for frame in chain([first], frames):
+                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            container.mux(stream.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
