@@ -1,0 +1,158 @@
+"""Loss and PSNR over steps, all runs in one picture, as SVG to be put inside an HTML page.
+
+The pictures hold no words of the user's: which colour is which run stands in the page's own legend.
+"""
+
+import io
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cosmos_hpc.report.run_data import RunRecord
+
+COLOURS = (
+    "#2f7ed8",
+    "#e8743b",
+    "#19a979",
+    "#c2417c",
+    "#8f6ed5",
+    "#b58900",
+    "#13a4b4",
+    "#d64545",
+    "#6c8893",
+    "#5b9e2d",
+    "#9c6b4f",
+    "#e377c2",
+)
+"""Told apart on white and on black paper."""
+
+DASHES = ("solid", "dashed", "dotted")
+"""Once the colours are used up."""
+
+MAX_POINTS = 600
+"""Points per curve: more than the picture has pixels only make the page heavy."""
+
+SMOOTHING_SHARE = 20
+"""The moving mean of a loss takes one part in this many of its curve."""
+
+INK = "#123456"
+"""Stands for the page's text colour, so that the picture follows a dark page."""
+
+
+class Style(NamedTuple):
+    """How a run is drawn, here and in the page's legend."""
+
+    colour: str
+    """Hexadecimal."""
+
+    dash: str
+    """One of DASHES."""
+
+
+class Curve(NamedTuple):
+    """Points of one line."""
+
+    steps: list[float]
+    """Along."""
+
+    values: list[float]
+    """Up."""
+
+
+def run_style(index: int) -> Style:
+    """Style of the index-th run of the page."""
+    return Style(COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)])
+
+
+def loss_curves(records: Sequence[RunRecord]) -> str | None:
+    """Total loss of each run, thin as it was and thick as a moving mean; none where no run has made a step."""
+    curves = [_binned(_curve((step.step, step.loss) for step in record.steps)) for record in records]
+    if not any(curve.steps for curve in curves):
+        return None
+    figure, axes = _axes("loss")
+    for index, (record, curve) in enumerate(zip(records, curves, strict=True)):
+        style = run_style(index)
+        smooth = moving_mean(curve.values, window=max(1, len(curve.values) // SMOOTHING_SHARE))
+        axes.plot(curve.steps, curve.values, color=style.colour, linewidth=0.7, alpha=0.35)
+        axes.plot(curve.steps, smooth, color=style.colour, linestyle=style.dash, linewidth=1.8)
+        _mark_interruptions(axes, record, style)
+    return _inline_svg(figure)
+
+
+def psnr_curves(records: Sequence[RunRecord]) -> str | None:
+    """Validation PSNR of each run; none where no run has been validated."""
+    if not any(record.validations for record in records):
+        return None
+    figure, axes = _axes("validation PSNR (dB)")
+    for index, record in enumerate(records):
+        style = run_style(index)
+        curve = _curve((validation.step, validation.val_psnr) for validation in record.validations)
+        axes.plot(
+            curve.steps,
+            curve.values,
+            color=style.colour,
+            linestyle=style.dash,
+            linewidth=1.8,
+            marker="o",
+            markersize=3.5,
+        )
+        _mark_interruptions(axes, record, style)
+    return _inline_svg(figure)
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Each value replaced by the mean of itself and those before it, `window` in all; fewer at the beginning."""
+    parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [statistics.fmean(part) for part in parts]
+
+
+def _curve(points: Iterable[tuple[int, float | None]]) -> Curve:
+    known = [(float(step), value) for step, value in points if value is not None]
+    return Curve([step for step, _ in known], [value for _, value in known])
+
+
+def _binned(curve: Curve) -> Curve:
+    """Means of equally many neighbours, where there are more points than the picture can show."""
+    width = -(-len(curve.steps) // MAX_POINTS)
+    if width <= 1:
+        return curve
+    starts = range(0, len(curve.steps), width)
+    return Curve(*([statistics.fmean(axis[start : start + width]) for start in starts] for axis in curve))
+
+
+def _axes(label: str) -> tuple[Figure, Axes]:
+    # Figure alone, without pyplot, keeps no state and asks for no display.
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(label, color=INK)
+    axes.tick_params(colors=INK)
+    axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    return figure, axes
+
+
+def _mark_interruptions(axes: Axes, record: RunRecord, style: Style) -> None:
+    for step in record.interruptions:
+        axes.axvline(step, color=style.colour, linestyle=(0, (2, 3)), linewidth=1.1, alpha=0.8)
+
+
+def _inline_svg(figure: Figure) -> str:
+    """The figure without prolog, metadata and name spaces, which HTML does not need and which look like links."""
+    written = io.StringIO()
+    # Letters as text, so that they can be searched and take the page's font; equal data, equal picture.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "cosmos-hpc"}):
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    _, _, rest = written.getvalue().partition("<svg")
+    opening, _, content = rest.partition(">")
+    view_box = re.search(r'viewBox="[^"]*"', opening)
+    assert view_box is not None, "matplotlib writes one"
+    content = re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)
+    return f"<svg {view_box[0]} role='img'>{content}".replace(INK, "currentColor")
