@@ -1,6 +1,7 @@
 """From the bytes of a video file to the frames of one clip: only these are decoded, by decord."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -90,6 +91,6 @@ def decode_chosen_clip(raw: bytes, num_frames: int, choose_start: Callable[[int]
 
 
 def _reason(error: Exception) -> str:
-    """The first line of decord's message, without the memfd's path that would tell a user nothing."""
-    line = str(error).strip().partition("\n")[0]
-    return "no decodable video stream" if "/proc/self/fd/" in line else line
+    """The first line of decord's message, without its source lines and the memfd's path."""
+    line = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error).strip().partition("\n")[0])
+    return "it holds no video that decord can decode" if "/proc/self/fd/" in line else line

@@ -1,6 +1,7 @@
 """Batches of clips for one rank: for training without end and exactly resumable, for validation in one order."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,8 +17,8 @@ from torch import Tensor
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
-from cosmos_hpc.data.task_encoder import ClipBatch, ClipTaskEncoder, SkippedVideos
-from cosmos_hpc.data.workers import WorkerStart, signals_held_back
+from cosmos_hpc.data.task_encoder import USELESS, ClipBatch, ClipTaskEncoder, SkippedVideos
+from cosmos_hpc.data.workers import WorkerContext
 
 SNAPSHOT_EVERY_S = 10.0
 """A resume decodes again what a worker made since its last snapshot, at most this long."""
@@ -60,7 +61,7 @@ class Layout:
 
 MENDS = {
     "world_size": "set trainer.devices and trainer.num_nodes to {saved} ranks",
-    "workers_per_rank": "set data.num_workers to {saved}",
+    "workers_per_rank": "decode with {saved} workers per rank (data.num_workers, or data.num_streams over all ranks)",
     "shuffle_buffer_size": "set data.shuffle_buffer_size to {saved}",
     "micro_batch_size": "set data.micro_batch_size to {saved}",
     "train_samples": "bring back the dataset of {saved} training samples",
@@ -134,6 +135,7 @@ class TrainLoader:
         )
         self._loader = _open(dataset, seed)
         self._batches: Iterator[ClipBatch] | None = None
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[Tensor]:
         """Uint8 clips [B, 3, T, H, W], B the micro-batch size; a second call goes on where the first one is.
@@ -142,7 +144,7 @@ class TrainLoader:
             ConfigError: if no video among many can be used.
         """
         if self._batches is None:
-            self._batches = self._start()
+            self._batches = _usable(self._loader, self._path)
         return (batch.clips for batch in self._batches)
 
     @property
@@ -152,6 +154,8 @@ class TrainLoader:
 
     def state(self) -> LoaderState:
         """The position behind the last clip that was taken out. Picklable; a resume needs each rank's own."""
+        if self._is_closed:
+            raise RuntimeError("state() came after close(): the workers that know the position are gone")
         return LoaderState(self.layout, self.rank, copy.deepcopy(self._loader.save_state_rank()))
 
     def restore(self, state: LoaderState) -> None:
@@ -166,19 +170,10 @@ class TrainLoader:
         self._loader.restore_state_rank(copy.deepcopy(state.position))
 
     def close(self) -> None:
-        """End the workers. No clips can be taken afterwards."""
+        """End the workers. Neither clips nor the position can be taken afterwards."""
         _end_workers(self._loader)
         self._batches = iter(())
-
-    def _start(self) -> Iterator[ClipBatch]:
-        try:
-            with signals_held_back():
-                batches = iter(self._loader)
-                first = next(batches)  # forks the workers
-            yield first
-            yield from batches
-        except FatalSampleError as error:
-            raise ConfigError(f"data.path is {self._path}, but {_last_words(error)}") from error
+        self._is_closed = True
 
 
 class ValidationLoader:
@@ -212,8 +207,9 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Uint8 clips [B, 3, T, H, W]; the last batch may be smaller, and a rank without samples yields none."""
+        path = Path(self._data.path)  # type: ignore[arg-type]  # checked in __init__
         dataset = get_val_dataset(
-            Path(self._data.path),  # type: ignore[arg-type]  # checked in __init__
+            path,
             split_part="val",
             worker_config=self._worker_config,
             batch_size=self._data.micro_batch_size,
@@ -222,13 +218,8 @@ class ValidationLoader:
         )
         loader = _open(dataset, seed=0)
         try:
-            with signals_held_back():
-                batches = iter(loader)
-                first = next(batches, None)
-            if first is not None:
-                yield first.clips
-                for batch in batches:
-                    yield batch.clips
+            for batch in _usable(loader, path):
+                yield batch.clips
         finally:
             _end_workers(loader)
 
@@ -256,8 +247,20 @@ def _open(dataset: Any, seed: int) -> Any:
         )
     loader.pin_memory = torch.cuda.is_available()
     loader.generator = torch.Generator().manual_seed(seed)
-    loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
+    if loader.num_workers:
+        loader.multiprocessing_context = WorkerContext()
     return loader
+
+
+def _usable(loader: Any, path: Path) -> Iterator[ClipBatch]:
+    """Energon's batches; its error over a dataset in which nothing is usable becomes the user's."""
+    try:
+        yield from loader
+    except FatalSampleError as error:
+        sentences = re.findall(rf"{USELESS}.*", str(error))  # a worker's traceback quotes it, then Energon, at the end
+        if not sentences:
+            raise
+        raise ConfigError(f"data.path is {path}, but holds {sentences[-1].rstrip('.')}") from error
 
 
 def _end_workers(loader: Any) -> None:
@@ -291,9 +294,3 @@ def _check_layout(state: LoaderState, layout: Layout, rank: int) -> None:
         raise ConfigError(f"the checkpoint's position in the data fits another layout ({what}): {mend}")
     if state.rank != rank:
         raise RuntimeError(f"rank {rank} got the data position of rank {state.rank}: load each rank's own")
-
-
-def _last_words(error: FatalSampleError) -> str:
-    """Our own sentence out of Energon's wrapping and, from a worker, torch's traceback."""
-    lines = [line for line in str(error).splitlines() if "videos in a row" in line]
-    return lines[0][lines[0].rindex("FatalSampleError: ") + 18 :] if "FatalSampleError: " in lines[0] else lines[0]

@@ -98,7 +98,8 @@ def usable_bytes(video: Path) -> bytes:
     """
     try:
         raw = video.read_bytes()
-        decode_clip(raw, 0, 1)
+        if not raw:
+            raise UndecodableError("the file is empty")
         info = probe(video)
     except OSError as error:
         raise UndecodableError(f"it can't be read: {error.strerror}") from error
@@ -106,6 +107,7 @@ def usable_bytes(video: Path) -> bytes:
         raise UndecodableError(str(error).removeprefix(f"{video} ")) from error
     if info.frames < info.frames_promised:
         raise UndecodableError(f"it is cut short: {info.frames} of {info.frames_promised} frames are there")
+    decode_clip(raw, 0, 1)
     return raw
 
 

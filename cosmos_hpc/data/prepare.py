@@ -209,15 +209,23 @@ def _index(root: Path, names: list[str], num_workers: int) -> None:
 def _load_one(root: Path, part: str) -> None:
     """Read one sample as training will, so that a dataset.yaml that doesn't fit is found now."""
     skipped = SkippedVideos()
-    dataset = get_val_dataset(
-        root,
-        split_part=part,
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=skipped.on_error),
-        batch_size=1,
-        limit=1,
-        task_encoder=ClipTaskEncoder(num_frames=1, crop_size=16, is_training=False, skipped=skipped),
-    )
-    loader = get_loader(dataset, watchdog_timeout_seconds=None)
-    loader.pin_memory = False  # on a machine without a GPU, torch would warn
-    if next(iter(loader), None) is None:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset = get_val_dataset(
+                root,
+                split_part=part,
+                worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=skipped.on_error),
+                batch_size=1,
+                limit=1,
+                task_encoder=ClipTaskEncoder(num_frames=1, crop_size=16, is_training=False, skipped=skipped),
+            )
+            loader = get_loader(dataset, watchdog_timeout_seconds=None)
+            loader.pin_memory = False  # on a machine without a GPU, torch would warn
+            batch = next(iter(loader), None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(
+            f"{root / META_FOLDER / 'dataset.yaml'} doesn't fit its shards ({reason}): remove it and prepare again"
+        ) from error
+    if batch is None:
         raise ConfigError(f"{root}: no sample of the split {part} can be read: its shards must hold mp4 files")

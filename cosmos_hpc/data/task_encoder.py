@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPS_IN_A_ROW = 100
 
+USELESS = "no usable video among"
+"""How the error over a useless dataset begins: the loader finds it in what Energon and torch wrap around it."""
+
 
 @edataclass
 class RawVideo(Sample):
@@ -90,7 +93,7 @@ class SkippedVideos:
             logger.warning("skipped %s: %s", video, reason)
         self._in_a_row += 1
         if self._in_a_row >= MAX_SKIPS_IN_A_ROW:
-            raise FatalSampleError(f"{self._in_a_row} videos in a row could not be used, {video} for one: {reason}")
+            raise FatalSampleError(f"{USELESS} {self._in_a_row} in a row, {video} for one: {self._reasons[video]}")
 
     def reset_row(self) -> None:
         """A video was usable."""

@@ -4,41 +4,30 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from multiprocessing.context import ForkContext, ForkProcess
 
-HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
 
 
-@contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Processes forked in this block start with the rank's signals blocked.
+class WorkerProcess(ForkProcess):
+    """A forked process that only its rank can end.
 
-    Ctrl-C and SLURM signal the whole group of processes. A worker that died of it, or ran the handler of the rank,
-    would take away the batches of the step after which the rank saves.
+    Ctrl-C and SLURM signal the whole group of processes. A worker that died of it, or ran the handler that it
+    inherits, would take away the clips of the step after which the rank saves.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-
-class WorkerStart:
-    """First thing that a worker runs."""
-
-    def __init__(self, then: Callable[[int], None]) -> None:
-        """Made in the rank.
-
-        Args:
-            then: Energon's own start of a worker.
-        """
+    def start(self) -> None:
+        """Fork with the signals blocked, so that none hits the worker before `run`."""
         self.rank_pid = os.getpid()
-        self.then = then
+        held_back = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def __call__(self, worker: int) -> None:
-        """Ignore what is meant for the rank; end with the rank, or when it says so."""
+    def run(self) -> None:
+        """In the worker: end with the rank, ignore what is meant for it, then work."""
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.rank_pid:  # it died before the line above
             os._exit(1)
@@ -46,10 +35,16 @@ class WorkerStart:
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._obey, daemon=True).start()
-        self.then(worker)
+        super().run()
 
     def _obey(self) -> None:
-        """Leave on a SIGTERM of the rank, in whatever a decoder hangs; anybody else's has no effect."""
+        """Leave on the rank's SIGTERM, whatever a decoder hangs in; anybody else's has no effect."""
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self.rank_pid:
             pass
         os._exit(0)
+
+
+class WorkerContext(ForkContext):
+    """What torch starts a loader's processes through."""
+
+    Process = WorkerProcess
