@@ -1,10 +1,13 @@
 """Who am I among the ranks, and how do I log: rank 0 tells the story, every rank may warn."""
 
+import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,18 @@ def set_up_logging(rank: Rank | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def redirect_output(log: Path) -> None:
+    """Send everything that this process and its children print from here on to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab", buffering=0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+
+
+def die_with_parent() -> None:
+    """Be killed when the process that started this one dies: nothing trains on behind a dead supervisor (Linux)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -230,13 +230,14 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 def _expanded(settings: dict[str, Any], source: str) -> dict[str, Any]:
     """Expand the environment where a setting allows it, and refuse `${` elsewhere."""
-    allowed = {name for name, item in known_settings() if item.metadata.get("expands")}
+    allowed = {name: item.metadata for name, item in known_settings() if item.metadata.get("expands")}
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
             return {name: walk(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()}
         if isinstance(value, str) and key in allowed:
-            return _expand(value, key, source)
+            expanded = _expand(value, key, source)
+            return str(Path(expanded).resolve()) if allowed[key].get("is_path") and "://" not in expanded else expanded
         if isinstance(value, str) and "${" in value:
             raise ConfigError(
                 f"{source}: {key} is {value!r}, but variables expand only in "

@@ -140,6 +140,11 @@ class ExperimentFolder:
         return self.path / "submitit"
 
     @property
+    def max_parallel(self) -> Path:
+        """How many runs may share this machine, as the newest submission said."""
+        return self.path / "max_parallel"
+
+    @property
     def report(self) -> Path:
         """The HTML page."""
         return self.path / "report" / "index.html"
@@ -164,3 +169,8 @@ class ExperimentFolder:
                 free += 1
             placed.append(existing[digits])
         return placed
+
+
+def runs_folder() -> Path:
+    """Where experiments lie: the environment variable COSMOS_HPC_RUNS, else runs/ in the working folder."""
+    return Path(os.environ.get("COSMOS_HPC_RUNS", "runs")).resolve()

@@ -20,7 +20,10 @@ def neutral(default: Any) -> Any:
 
 
 def expands(default: Any, **metadata: bool) -> Any:
-    """A path or name in which `$NAME`, `${NAME}` of the environment and `~` are expanded."""
+    """A path or name in which `$NAME`, `${NAME}` of the environment and `~` are expanded.
+
+    With `is_path=True`, what lies in the working folder is kept by its whole path, as jobs start elsewhere.
+    """
     return field(default=default, metadata={"expands": True, **metadata})
 
 
@@ -41,7 +44,7 @@ class ModelConfig:
     model: str = "Cosmos-1.0-Tokenizer-CV8x8x8"
     """Released tokenizer by name: any name that ends in CV8x8x8, DV8x16x16, CV4x8x8 and the like."""
 
-    jit_ckpt_pth: str | None = expands(None)
+    jit_ckpt_pth: str | None = expands(None, is_path=True)
     """Weights to start from: a folder with autoencoder.jit, an export, a run or a checkpoint; none: random weights."""
 
     channels: int = 128
@@ -78,7 +81,7 @@ class ModelConfig:
 class DataConfig:
     """The dataset and the clips taken from it."""
 
-    path: str | None = expands(None)
+    path: str | None = expands(None, is_path=True)
     """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed."""
 
     num_frames: int = 33

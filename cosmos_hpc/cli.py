@@ -1,0 +1,335 @@
+"""`cosmos-hpc`: one function per verb, which reads its arguments, calls one function and prints.
+
+Heavy modules are imported inside the verbs that need them: a login node answers at once.
+"""
+
+import dataclasses
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cosmos_hpc import __version__
+from cosmos_hpc.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
+    from cosmos_hpc.config.sweep import PlannedRun
+    from cosmos_hpc.launch.submit import PlacedRun
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Post-train NVIDIA Cosmos video tokenizers on your own video, on your own SLURM cluster.",
+)
+
+JobFile = Annotated[Path, typer.Argument(help="Experiment file, such as jobs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings on top of the file, such as optim.lr=3e-5.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+RunName = Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/RUN (a beginning is enough), or a run's folder.")]
+
+
+class ExportFormat(StrEnum):
+    """Files that `export` writes."""
+
+    JIT = "jit"
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and exit code 2."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Post-train NVIDIA Cosmos video tokenizers on your own video, on your own SLURM cluster."""
+    if show:
+        print(f"cosmos-hpc {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def pack(
+    sources: Annotated[list[Path], typer.Argument(help="Video files, or folders that hold them at any depth.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tar shards.")],
+    shard_size_mib: Annotated[float, typer.Option(help="Size at which a shard is full, in MiB.")] = 256,
+    max_clips_per_shard: Annotated[int | None, typer.Option(help="Videos at which a shard is full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack mp4 files into WebDataset tar shards."""
+    from cosmos_hpc.data.pack import find_videos
+    from cosmos_hpc.data.pack import pack as pack_videos
+
+    with _progress() as progress:
+        task = progress.add_task("pack", total=len(find_videos(sources)), note="")
+        summary = pack_videos(
+            sources,
+            out,
+            shard_size_mib=shard_size_mib,
+            max_clips_per_shard=max_clips_per_shard,
+            on_video=lambda _: progress.advance(task),
+        )
+    if as_json:
+        _print_json(summary._asdict())
+        return
+    for video, reason in summary.refused:
+        print(f"left out {video}: {reason}")
+    print(f"packed {summary.videos} videos ({summary.bytes / 2**20:.1f} MiB) into {summary.shards} shards in {out}")
+    print(f"next: cosmos-hpc prepare {out}")
+
+
+@app.command()
+def prepare(
+    root: Annotated[Path, typer.Argument(help="Folder of tar shards; train/, val/ in it, if there, are the split.")],
+    split: Annotated[str, typer.Option(help="Shares of shards for train, val and test.")] = "99,1,0",
+    num_workers: Annotated[int, typer.Option(help="Shards indexed at the same time.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Index shards for Energon, without a question."""
+    from cosmos_hpc.data.prepare import prepare as prepare_dataset
+
+    with _progress() as progress:
+        task = progress.add_task("prepare", total=None, note="")
+        counts = prepare_dataset(
+            root,
+            split=_shares(split),
+            num_workers=num_workers,
+            on_shard=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if as_json:
+        _print_json(counts)
+    else:
+        print(f"prepared {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+@app.command()
+def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show the runs of an experiment file and what `submit` would do. Sends nothing."""
+    from cosmos_hpc.tables import plan_row, print_plan
+
+    runs, placed, _ = _placed(job, overrides)
+    if as_json:
+        _print_json([plan_row(run, place) for run, place in zip(runs, placed, strict=True)])
+    else:
+        print_plan(runs, placed)
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay and show progress; Ctrl-C stops the runs, saved.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send what is missing of an experiment: finished and running runs are left alone, broken ones go on."""
+    from cosmos_hpc.job import Supervisor
+    from cosmos_hpc.launch.submit import submit as send
+    from cosmos_hpc.preflight import check_inputs
+    from cosmos_hpc.tables import print_plan
+
+    runs, placed, experiment = _placed(job, overrides)
+    for run in placed:
+        check_inputs(run.config)
+    jobs = send(placed, experiment, _max_parallel(job, overrides), Supervisor)
+    if as_json:
+        _print_json({"sent": jobs, "skipped": [run.folder.label for run in placed if not run.is_sent]})
+    else:
+        print_plan(runs, placed)
+        print(f"sent {len(jobs)} of {len(placed)} runs; see: cosmos-hpc status {experiment.name}")
+    if wait:
+        _wait([run.folder for run in placed], f"cosmos-hpc submit {' '.join(map(str, [job, *(overrides or [])]))}")
+
+
+@app.command()
+def status(
+    experiment: Annotated[str | None, typer.Argument(help="Experiment or run; all experiments if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how the runs of an experiment stand."""
+    from cosmos_hpc.launch.status import run_status
+    from cosmos_hpc.tables import print_status
+
+    rows = [run_status(folder) for folder in _runs(experiment)]
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    print_status(rows)
+
+
+@app.command()
+def cancel(run: RunName) -> None:
+    """Stop the runs of an experiment; they save first, and `submit` goes on from there."""
+    from cosmos_hpc.launch.status import cancel as cancel_run
+
+    for folder in _runs(run):
+        print(f"{folder.label}: {'asked to save and stop' if cancel_run(folder) else 'not running'}")
+
+
+@app.command()
+def logs(
+    run: RunName,
+    rank: Annotated[int, typer.Option(help="Rank whose log is shown.")] = 0,
+    attempt: Annotated[int | None, typer.Option(help="Attempt, from 0; the newest if left out.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run is over.")] = False,
+) -> None:
+    """Print a rank's log."""
+    from cosmos_hpc.launch.logs import read_log
+
+    for folder in _runs(run)[:1]:
+        for text in read_log(folder, rank, attempt, follow=follow):
+            print(text, end="", flush=True)
+
+
+@app.command()
+def evaluate(
+    sources: Annotated[list[str], typer.Argument(help="Runs (EXPERIMENT/RUN), checkpoints or folders of weights.")],
+    data: Annotated[Path, typer.Option(help="Prepared dataset; its split val is used.")],
+    num_frames: Annotated[int, typer.Option(help="Frames per clip, 1 + 8k.")] = 33,
+    crop_size: Annotated[int, typer.Option(help="Height and width of a clip in pixels.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Compare weights on unseen clips: mean PSNR and the worst 5 %."""
+    from cosmos_hpc.config.schema import DataConfig
+    from cosmos_hpc.report.evaluate import evaluate as evaluate_weights
+    from cosmos_hpc.tables import print_evaluations
+
+    settings = DataConfig(path=str(data), num_frames=num_frames, crop_size=crop_size, num_workers=0)
+    with _progress() as progress:
+        task = progress.add_task("evaluate", total=None, note="")
+        rows = evaluate_weights(
+            [_weights(source) for source in sources], settings, on_batch=lambda: progress.advance(task)
+        )
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    print_evaluations(rows)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Run (EXPERIMENT/RUN), checkpoint or folder of weights.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; exports/FORMAT in the run if left out.")] = None,
+    to: Annotated[ExportFormat, typer.Option(help="jit: encoder.jit, decoder.jit and autoencoder.jit.")] = (
+        ExportFormat.JIT
+    ),
+) -> None:
+    """Write weights in the form of the released Cosmos tokenizers, verified before they get their name."""
+    from cosmos_hpc.config.run_folder import RunFolder
+    from cosmos_hpc.tokenizer.weights import export_jit, load_tokenizer
+
+    weights = _weights(source)
+    if out is None and not RunFolder(weights).config.exists():
+        raise ConfigError(f"{source} is no run: say where to write with --out FOLDER")
+    for file in export_jit(load_tokenizer(weights), out or RunFolder(weights).exports / to):
+        print(file)
+
+
+@app.command()
+def reconstruct(
+    videos: Annotated[list[Path], typer.Argument(help="Video files of any length and size.")],
+    weights: Annotated[str, typer.Option(help="Run (EXPERIMENT/RUN), checkpoint, export or folder of weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for the side-by-side mp4s.")] = Path("reconstructions"),
+    max_frames: Annotated[int | None, typer.Option(help="Frames of each video; all if left out.")] = None,
+) -> None:
+    """Write original and reconstruction side by side."""
+    from cosmos_hpc.report.reconstruct import reconstruct as reconstruct_video
+
+    with _progress() as progress:
+        for video in progress.track(videos, description="reconstruct"):
+            target = out / f"{video.stem}.mp4"
+            reconstruct_video(video, _weights(weights), target, max_frames=max_frames)
+            progress.print(str(target))
+
+
+@app.command()
+def report(experiment: Annotated[str, typer.Argument(help="Experiment.")]) -> None:
+    """Write an experiment's report: one HTML file."""
+    from cosmos_hpc.report.page import write_report
+
+    print(write_report(_runs(experiment)[0].experiment))
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the clips, the dataset, the runs and the report.")] = Path(
+        "quickstart"
+    ),
+) -> None:
+    """Go the whole way once on this machine, small, on real clips: about four minutes on two cores."""
+    from cosmos_hpc.quickstart import run_quickstart
+
+    run_quickstart(out)
+
+
+def _placed(job: Path, overrides: list[str] | None) -> "tuple[list[PlannedRun], list[PlacedRun], ExperimentFolder]":
+    from cosmos_hpc.config.load import load_experiment
+    from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
+    from cosmos_hpc.config.sweep import expand
+    from cosmos_hpc.launch.submit import place
+
+    runs = expand(load_experiment(job, overrides or []))
+    experiment = ExperimentFolder(runs_folder() / runs[0].config.name)
+    return runs, place([run.config for run in runs], experiment), experiment
+
+
+def _max_parallel(job: Path, overrides: list[str] | None) -> int | None:
+    from cosmos_hpc.config.load import load_experiment
+
+    return load_experiment(job, overrides or []).sweep.max_parallel
+
+
+def _runs(name: str | None) -> "list[RunFolder]":
+    from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
+    from cosmos_hpc.launch.status import find_runs
+
+    if name is not None:
+        return find_runs(name, runs_folder())
+    return [run for folder in sorted(runs_folder().glob("*")) for run in ExperimentFolder(folder).runs()]
+
+
+def _weights(source: str) -> Path:
+    """A path as it is, or the folder of a run named EXPERIMENT/RUN."""
+    if Path(source).exists():
+        return Path(source)
+    found = _runs(source)
+    if len(found) > 1:
+        raise ConfigError(f"{source} names {len(found)} runs: choose one of {', '.join(run.label for run in found)}")
+    return found[0].path
+
+
+def _shares(text: str) -> tuple[float, float, float]:
+    try:
+        train, val, test = (float(share) for share in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--split is {text!r}, but takes three numbers: such as 99,1,0") from None
+    return train, val, test
+
+
+def _wait(folders: "list[RunFolder]", again: str) -> None:
+    from cosmos_hpc.launch.follow import follow
+
+    failed = follow(folders, again)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def _progress() -> Any:
+    from cosmos_hpc.launch.follow import progress_bar
+
+    return progress_bar()
+
+
+if __name__ == "__main__":
+    main()

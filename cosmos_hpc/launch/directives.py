@@ -1,0 +1,41 @@
+"""The SLURM options of a run: the one place that knows them."""
+
+from typing import Any
+
+from cosmos_hpc.config.schema import RunConfig
+
+
+def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any]:
+    """The options of one run, named as submitit's AutoExecutor names them.
+
+    submitit itself is told one node and one task, the supervisor; the job's real size goes through the additional
+    parameters (with underscores: a hyphened key would double the line).
+
+    Args:
+        run: what is submitted.
+        max_parallel: elements of the array that may run at the same time; none: no limit.
+    """
+    cluster, trainer = run.cluster, run.trainer
+    size: dict[str, Any] = {
+        "requeue": True,
+        "nodes": trainer.num_nodes,
+        "ntasks_per_node": trainer.devices,
+        "gpus_per_node": trainer.devices if cluster.gpus_per_node is None else cluster.gpus_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+    }
+    options: dict[str, Any] = {
+        "name": run.name,
+        "nodes": 1,
+        "tasks_per_node": 1,
+        "timeout_min": cluster.time_limit_min,
+        "slurm_partition": cluster.partition,
+        "slurm_account": cluster.account,
+        "slurm_qos": cluster.qos,
+        "slurm_constraint": cluster.constraint,
+        "slurm_signal_delay_s": cluster.grace_s,
+        "slurm_use_srun": False,  # one supervisor in the batch step; it starts the ranks by its own srun
+        "slurm_setup": ["trap : TERM"],  # bash outlives SIGTERM, so that the supervisor can finish its work
+        "slurm_array_parallelism": max_parallel,
+        "slurm_additional_parameters": {k: v for k, v in {**size, **cluster.directives}.items() if v is not None},
+    }
+    return {name: value for name, value in options.items() if value is not None}

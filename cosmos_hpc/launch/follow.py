@@ -1,0 +1,65 @@
+"""Waiting for runs with a bar for each; Ctrl-C asks them to save and stop."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.launch.status import RunStatus, cancel, run_status
+
+POLL_S = 0.5
+
+
+def progress_bar() -> Progress:
+    """The bar of every long command."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+def follow(
+    folders: Sequence[RunFolder], again: str, on_status: Callable[[RunFolder, RunStatus], None] = lambda *_: None
+) -> list[RunStatus]:
+    """Wait until all runs are over.
+
+    Args:
+        folders: the runs.
+        again: command that goes on after a stop, for the message.
+        on_status: called with each run's status twice a second.
+
+    Returns:
+        The runs that did not finish.
+    """
+    try:
+        return [status for status in _watch(folders, on_status) if status.status != "finished"]
+    except KeyboardInterrupt:
+        print("stopping: the runs save first", flush=True)
+        for folder in folders:
+            if not run_status(folder).is_over:
+                cancel(folder)
+        _watch(folders, on_status)
+        steps = ", ".join(f"{folder.label} at step {run_status(folder).step}" for folder in folders)
+        print(f"stopped and saved: {steps}; go on with: {again}", flush=True)
+        raise
+
+
+def _watch(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStatus], None]) -> list[RunStatus]:
+    with progress_bar() as progress:
+        tasks = [progress.add_task(folder.label, total=None, note="") for folder in folders]
+        while True:
+            found = [run_status(folder) for folder in folders]
+            for folder, task, status in zip(folders, tasks, found, strict=True):
+                loss = "" if status.loss is None else f" loss {status.loss:.4f}"
+                progress.update(task, completed=status.step, total=status.max_steps, note=f"{status.status}{loss}")
+                on_status(folder, status)
+            if all(status.is_over for status in found):
+                return found
+            time.sleep(POLL_S)

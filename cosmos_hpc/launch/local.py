@@ -1,0 +1,63 @@
+"""What a scheduler would know, on a machine without one: who lives, and who may start."""
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cosmos_hpc.config.run_folder import ExperimentFolder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Try to hold a lock file; true if it is ours until the block ends. The kernel lets go when the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process on this machine holds the lock file."""
+    if not path.exists():
+        return False
+    with locked(path) as ours:
+        return not ours
+
+
+@contextlib.contextmanager
+def place_among(experiment: ExperimentFolder, max_parallel: int, *, gives_up: Callable[[], bool]) -> Iterator[bool]:
+    """Wait for one of `max_parallel` places on this machine and hold it.
+
+    Args:
+        experiment: whose runs share the places.
+        max_parallel: number of places.
+        gives_up: asked ten times a second while waiting.
+
+    Yields:
+        Whether a place was got; false after `gives_up` said so.
+    """
+    while not gives_up():
+        for slot in range(max_parallel):
+            with locked(experiment.slot_lock(slot)) as ours:
+                if ours:
+                    yield True
+                    return
+        time.sleep(0.1)
+    yield False
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that still live (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended while we looked
+            after_name = stat.read_text().rpartition(")")[2].split()
+            if int(after_name[1]) == pid and after_name[0] != "Z":
+                found.append(int(stat.parent.name))
+    return sorted(found)

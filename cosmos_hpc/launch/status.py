@@ -1,0 +1,138 @@
+"""How the runs of an experiment stand, read from their folders."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.load import read_run_config
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
+from cosmos_hpc.config.run_state import RunState, Status
+from cosmos_hpc.launch.local import is_locked
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One row of `status`."""
+
+    run: str
+    """<experiment>/<index>-<hash>."""
+
+    status: str
+    """A status of state.json; `pending` before a supervisor has started, `died` where it is gone without a word."""
+
+    step: int
+    """Steps done."""
+
+    max_steps: int
+    """Steps of the whole run."""
+
+    loss: float | None
+    """Of the last step."""
+
+    val_psnr: float | None
+    """Of the last validation, in dB."""
+
+    clips_per_s: float | None
+    """Of the last step, over all ranks."""
+
+    attempts: int
+    """Starts of the ranks so far."""
+
+    last_outcome: str | None
+    """How the attempt before ended."""
+
+    message: str | None
+    """Why the last attempt failed."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens without a person."""
+        return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED, "died")
+
+
+def run_status(folder: RunFolder) -> RunStatus:
+    """Where one run stands now."""
+    config = read_run_config(folder.config)
+    state = RunState.read(folder.state)
+    last, validated = _last_metrics(folder.metrics)
+    ended = [attempt for attempt in state.attempts if attempt.outcome] if state else []
+    return RunStatus(
+        run=folder.label,
+        status=_status(folder, state, is_local=config.cluster.executor == "local"),
+        step=last.get("step", 0),
+        max_steps=config.trainer.max_steps,
+        loss=last.get("loss"),
+        val_psnr=validated.get("val_psnr"),
+        clips_per_s=last.get("clips_per_s"),
+        attempts=len(state.attempts) if state else 0,
+        last_outcome=ended[-1].outcome if ended else None,
+        message=ended[-1].message if ended else None,
+    )
+
+
+def cancel(folder: RunFolder) -> bool:
+    """Ask a local run's supervisor to stop for good; false where none lives. Its ranks save before they leave."""
+    folder.cancel_mark.touch()
+    state = RunState.read(folder.state)
+    if state is None or state.pid is None or not is_locked(folder.supervisor_lock):
+        return False
+    os.kill(state.pid, signal.SIGTERM)
+    return True
+
+
+def find_runs(name: str, root: Path) -> list[RunFolder]:
+    """The runs that a command line names: an experiment, <experiment>/<run> or its beginning, or a folder's path.
+
+    Args:
+        name: as typed.
+        root: folder of the experiments.
+
+    Raises:
+        ConfigError: if nothing fits.
+    """
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        return [RunFolder(path.resolve())]
+    experiment, _, run = name.strip("/").partition("/")
+    runs = ExperimentFolder(root / experiment).runs()
+    found = [folder for folder in runs if folder.path.name.startswith(run)]
+    if not found:
+        known = [f"{experiment}/{folder.path.name}" for folder in runs] or sorted(
+            folder.name for folder in root.glob("*") if ExperimentFolder(folder).runs()
+        )
+        raise ConfigError(f"{name} is no run or experiment in {root}: there are {', '.join(known) or 'none yet'}")
+    return found
+
+
+def _status(folder: RunFolder, state: RunState | None, *, is_local: bool) -> str:
+    lives = is_locked(folder.supervisor_lock)
+    if state is None:
+        return "pending"
+    if is_local and not lives and state.status in (Status.RUNNING, Status.WAITING):
+        return "died"
+    return state.status
+
+
+def _last_metrics(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last line, and the last one that holds a validation."""
+    last: dict[str, Any] = {}
+    for line in _lines_backwards(path):
+        last = last or line
+        if "val_psnr" in line:
+            return last, line
+    return last, {}
+
+
+def _lines_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in reversed(path.read_text().splitlines()):
+        try:
+            yield json.loads(line)
+        except ValueError:  # the line that is being written at this moment
+            continue

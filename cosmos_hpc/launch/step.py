@@ -1,0 +1,53 @@
+"""The command that starts the ranks of one attempt: srun on a cluster, torch's elastic launcher on one machine."""
+
+import os
+import sys
+from pathlib import Path
+
+import cosmos_hpc
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.container import container_prefix
+
+
+def step_command(run: RunConfig, folder: RunFolder, attempt: int) -> list[str]:
+    """One process per GPU on every node, each `python -m cosmos_hpc.train` on the run folder."""
+    rank = ["-m", "cosmos_hpc.train", "--run-folder", str(folder.path), "--attempt", str(attempt)]
+    if run.cluster.executor == "local":
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.trainer.devices}"]
+        return [sys.executable, *launcher, *rank]
+    prefix = container_prefix(run.container, _mounts(run, folder))
+    python = sys.executable if run.container.mode == "none" else "python"
+    return [*_srun(run), *prefix.srun_flags, *prefix.command, python, *rank]
+
+
+def step_environment(run: RunConfig, master_address: str, master_port: int) -> dict[str, str]:
+    """Variables of the ranks: this process's own, where they meet, and what the profiles set."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONUNBUFFERED": "1",
+        "MASTER_ADDR": master_address,
+        "MASTER_PORT": str(master_port),
+        **run.cluster.environment,
+        **run.container.environment,
+    }
+
+
+def _srun(run: RunConfig) -> list[str]:
+    """What srun is told again, since it takes nothing over from submitit's sizes."""
+    size = [
+        f"--nodes={run.trainer.num_nodes}",
+        f"--ntasks={run.trainer.world_size}",
+        f"--ntasks-per-node={run.trainer.devices}",
+    ]
+    if run.cluster.cpus_per_task is not None:
+        size.append(f"--cpus-per-task={run.cluster.cpus_per_task}")
+    return ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--cpu-bind=none", *size]
+
+
+def _mounts(run: RunConfig, folder: RunFolder) -> tuple[str, ...]:
+    """The package, the run and its inputs, at the same paths inside as outside."""
+    package = Path(cosmos_hpc.__file__).parents[1]
+    inputs = [path for path in (run.data.path, run.model.jit_ckpt_pth) if path is not None]
+    return tuple(f"{path}:{path}" for path in (str(package), str(folder.path), *inputs))

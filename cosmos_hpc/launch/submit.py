@@ -1,0 +1,144 @@
+"""Send runs to the scheduler, each once: finished and living runs are left alone."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.load import read_run_config, to_yaml
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atomically
+from cosmos_hpc.config.run_state import RunState, Status
+from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.directives import directives
+from cosmos_hpc.launch.local import is_locked
+from cosmos_hpc.launch.provenance import provenance
+
+MakeJob = Callable[[Path], Callable[[], None]]
+"""Turns a run folder into the callable that the scheduler runs."""
+
+YEAR_MIN = 365 * 24 * 60
+"""A local machine has no wall clock."""
+
+
+@dataclass(frozen=True)
+class PlacedRun:
+    """A run, its folder, and what a submission would do with it."""
+
+    config: RunConfig
+    folder: RunFolder
+    action: str
+    """`start`, `resume`, `skip: finished` or `skip: running`."""
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether a submission sends it."""
+        return not self.action.startswith("skip")
+
+
+def place(runs: Sequence[RunConfig], experiment: ExperimentFolder) -> list[PlacedRun]:
+    """Give each run its folder and see what is left to do for it. Writes nothing."""
+    folders = experiment.place(list(runs))
+    return [PlacedRun(run, folder, _action(run, folder)) for run, folder in zip(runs, folders, strict=True)]
+
+
+def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
+    """Make the run folder with its settings and provenance, or bring an existing one up to date.
+
+    The number of sample streams is fixed here at the first start, so that a resume on other nodes is the same run.
+
+    Returns:
+        The settings as written.
+    """
+    streams = run.data.num_streams
+    if streams is None and folder.config.exists():
+        streams = read_run_config(folder.config).data.num_streams
+    if streams is None:
+        streams = run.data.num_workers * run.trainer.world_size
+    fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
+    write_atomically(folder.config, to_yaml(fixed))
+    write_atomically(folder.provenance, json.dumps(provenance(), indent=1))
+    return fixed
+
+
+def submit(
+    placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None, make_job: MakeJob
+) -> dict[str, str]:
+    """Send the runs that are left to do, as one array.
+
+    Args:
+        placed: from `place`.
+        experiment: where submitit's files and the table of submissions go.
+        max_parallel: runs at the same time; none: no limit on a cluster, one on a local machine.
+        make_job: the supervisor of a run folder.
+
+    Returns:
+        Job id of each run sent, by the run's label.
+
+    Raises:
+        ConfigError: if the scheduler refuses; its words are passed on.
+    """
+    sent = [run for run in placed if run.is_sent]
+    if not sent:
+        return {}
+    for run in sent:
+        lay_out(run.config, run.folder)
+        run.folder.cancel_mark.unlink(missing_ok=True)
+    write_atomically(experiment.max_parallel, str(max_parallel or 1))
+    _note(experiment, {"time": time.time(), "runs": [run.folder.label for run in sent]})
+    jobs = _send([make_job(run.folder.path) for run in sent], sent[0].config, experiment, max_parallel)
+    ids = {run.folder.label: job for run, job in zip(sent, jobs, strict=True)}
+    _note(experiment, {"time": time.time(), "jobs": ids})
+    return ids
+
+
+def _action(run: RunConfig, folder: RunFolder) -> str:
+    state = RunState.read(folder.state)
+    if is_locked(folder.supervisor_lock):
+        return "skip: running"
+    if state is not None and state.status == Status.FINISHED:
+        return "skip: finished"
+    return "start" if folder.newest_checkpoint() is None else "resume"
+
+
+def _send(
+    jobs: Sequence[Callable[[], None]], run: RunConfig, experiment: ExperimentFolder, max_parallel: int | None
+) -> list[str]:
+    import submitit
+
+    is_local = run.cluster.executor == "local"
+    executor = submitit.AutoExecutor(folder=experiment.submitit, cluster=run.cluster.executor)
+    if is_local:
+        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN, gpus_per_node=run.trainer.devices)
+    else:
+        executor.update_parameters(**directives(run, max_parallel))
+    try:
+        with _shielded() if is_local else contextlib.nullcontext(), executor.batch():
+            submitted = [executor.submit(job) for job in jobs]
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(f"sbatch refused {run.name}: {' '.join(str(error).split())}") from None
+    return [job.job_id for job in submitted]
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Processes started inside outlive Ctrl-C and the closing of the terminal, as jobs of a cluster do."""
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _note(experiment: ExperimentFolder, line: dict[str, object]) -> None:
+    experiment.submissions.parent.mkdir(parents=True, exist_ok=True)
+    with experiment.submissions.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

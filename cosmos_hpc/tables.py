@@ -1,0 +1,82 @@
+"""What the commands print as tables."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cosmos_hpc.config.sweep import PlannedRun
+from cosmos_hpc.launch.status import RunStatus
+from cosmos_hpc.launch.submit import PlacedRun
+
+if TYPE_CHECKING:  # brings torch
+    from cosmos_hpc.report.evaluate import Evaluation
+
+WIDTH = 160
+"""Columns where the output is no terminal."""
+
+
+def plan_row(run: PlannedRun, placed: PlacedRun) -> dict[str, Any]:
+    """A planned run as `plan --json` prints it."""
+    return {
+        "run": placed.folder.label,
+        "choices": run.choices,
+        "steps": run.config.trainer.max_steps,
+        "ranks": run.config.trainer.world_size,
+        "cluster": run.config.cluster.executor,
+        "action": placed.action,
+    }
+
+
+def print_plan(runs: Sequence[PlannedRun], placed: Sequence[PlacedRun]) -> None:
+    """One line a run: what the sweep chose, its size, what `submit` does with it."""
+    rows = [plan_row(run, place) for run, place in zip(runs, placed, strict=True)]
+    size = ("steps", "ranks", "cluster", "action")
+    print_table(
+        ["run", *runs[0].choices, *size],
+        [[row["run"], *map(str, row["choices"].values()), *(str(row[name]) for name in size)] for row in rows],
+    )
+
+
+def print_status(rows: Sequence[RunStatus]) -> None:
+    """One line a run: where it stands; below, why runs failed."""
+    print_table(
+        ["run", "status", "step", "loss", "val PSNR", "clips/s", "attempts", "last outcome"],
+        [
+            [
+                row.run,
+                row.status,
+                f"{row.step}/{row.max_steps}",
+                "" if row.loss is None else f"{row.loss:.4f}",
+                "" if row.val_psnr is None else f"{row.val_psnr:.2f} dB",
+                "" if row.clips_per_s is None else f"{row.clips_per_s:.2f}",
+                str(row.attempts),
+                row.last_outcome or "",
+            ]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row.message:
+            print(f"{row.run}: {row.message}")
+
+
+def print_evaluations(rows: "Sequence[Evaluation]") -> None:
+    """One line for each set of weights."""
+    print_table(
+        ["weights", "clips", "PSNR mean", "PSNR 5th percentile"],
+        [[str(row.source), str(row.num_clips), f"{row.psnr_mean:.2f} dB", f"{row.psnr_p5:.2f} dB"] for row in rows],
+    )
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns under a header; the first one is never cut."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(name, no_wrap=name == header[0])
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)

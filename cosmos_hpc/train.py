@@ -1,0 +1,171 @@
+"""What one rank runs: `python -m cosmos_hpc.train`, started by the supervisor or by torchrun.
+
+torchrun --nproc-per-node 8 -m cosmos_hpc.train data.path=... model.jit_ckpt_pth=... trainer.max_steps=...
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
+from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.submit import lay_out
+from cosmos_hpc.preflight import check_inputs
+from cosmos_hpc.ranks import Rank, current_rank, die_with_parent, redirect_output, set_up_logging
+from cosmos_hpc.training.preemption import Outcome, StopRequest
+
+if TYPE_CHECKING:
+    from cosmos_hpc.training.loop import Run, TrainState
+    from cosmos_hpc.training.parallel import Groups
+
+logger = logging.getLogger("cosmos_hpc.train")  # __name__ is __main__ in a rank
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the ranks of one run."""
+
+    folder: RunFolder
+    config: RunConfig
+    number: int
+
+
+def main() -> None:
+    """Train, write how it ended, and exit 0 unless it failed: 1, or 2 where the mend is the user's."""
+    stop = StopRequest()
+    stop.install()  # before the slow imports, so that no signal is lost or deadly in the first seconds
+    arguments = _parse(sys.argv[1:])
+    rank = current_rank()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    if arguments.run_folder is not None:
+        redirect_output(RunFolder(arguments.run_folder).rank_log(arguments.attempt, rank.rank))
+    set_up_logging(rank)
+    _quieten()
+    try:
+        _run_rank(arguments, rank, stop)
+    except ConfigError as error:
+        if rank.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cosmos_hpc.train",
+        description="One rank of a training run. Settings are group.name=value, as in the experiment files.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="group.name=value", help="settings, such as optim.lr=3e-5")
+    parser.add_argument("--run-folder", type=Path, help="run that a supervisor has laid out; takes no overrides")
+    parser.add_argument("--attempt", type=int, default=0, help="number of this start, counted by the supervisor")
+    parser.add_argument("--yes", action="store_true", help="accepted for the guide's sake; nothing is ever asked")
+    return parser.parse_args(argv)
+
+
+def _quieten() -> None:
+    """Keep the libraries' harmless remarks out of the logs."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _run_rank(arguments: argparse.Namespace, rank: Rank, stop: StopRequest) -> None:
+    own_config = None if arguments.run_folder else _command_line_config(arguments.overrides, rank)
+    from cosmos_hpc.training.parallel import Groups  # seconds of imports, after all that can be refused at once
+
+    groups = Groups.start(rank)
+    if own_config is None:
+        folder = RunFolder(arguments.run_folder)
+        attempt = Attempt(folder, read_run_config(folder.config), arguments.attempt)
+    else:
+        attempt = groups.from_first(_lay_out_attempt(own_config) if rank.is_first else None)
+    _run_attempt(attempt, groups, stop)
+    groups.stop()
+
+
+def _command_line_config(overrides: list[str], rank: Rank) -> RunConfig:
+    """The settings of torchrun's own line, with as many ranks as torchrun has started."""
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
+    launched = [f"trainer.devices={ranks_per_node}", f"trainer.num_nodes={rank.world_size // ranks_per_node}"]
+    config = resolve(load_experiment(None, [*launched, *overrides]), {})
+    if config.trainer.world_size != rank.world_size:
+        raise ConfigError(
+            f"trainer.devices x trainer.num_nodes is {config.trainer.world_size}, but torchrun started "
+            f"{rank.world_size} ranks: leave both settings out"
+        )
+    check_inputs(config)
+    return config
+
+
+def _lay_out_attempt(config: RunConfig) -> Attempt:
+    (folder,) = ExperimentFolder(runs_folder() / config.name).place([config])
+    return Attempt(folder, lay_out(config, folder), number=len(list(folder.path.glob("logs/*"))))
+
+
+def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
+    """Build, train, and let rank 0 write how it ended; the supervisor decides by that file alone."""
+    try:
+        state, run = _build(attempt, groups, stop)
+        outcome = _train(state, run)
+    except Exception as error:
+        _write_outcome(attempt, groups.rank, Outcome.FAILED, None, f"{type(error).__name__}: {error}")
+        raise
+    _write_outcome(attempt, groups.rank, outcome, state.step, None)
+    groups.barrier()
+    mend = "" if outcome is Outcome.FINISHED else "; the same command goes on from there"
+    logger.info("%s: step %d is saved in %s%s", outcome, state.step, attempt.folder.path, mend)
+
+
+def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[TrainState, Run]":
+    """Everything that the loop works with, in the order in which the parts need each other."""
+    from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
+    from cosmos_hpc.tokenizer import starting_tokenizer
+    from cosmos_hpc.training.checkpoint import CheckpointStore
+    from cosmos_hpc.training.loop import Run, TrainState
+    from cosmos_hpc.training.optimizer import Optimizer
+    from cosmos_hpc.training.telemetry import Telemetry
+    from cosmos_hpc.training.validation import Validation
+
+    config, rank = attempt.config, groups.rank
+    telemetry = Telemetry(attempt.folder, config, rank, attempt.number)
+    telemetry.phase("start", 0)
+    module = starting_tokenizer(config.model, config.trainer.seed)
+    ddp = groups.wrap(module)
+    optimizer = Optimizer(ddp, config.optim, groups.device)
+    loader = TrainLoader(config.data, seed=config.trainer.seed, rank=rank.rank, world_size=rank.world_size)
+    held_out = ValidationLoader(
+        config.data, rank=rank.rank, world_size=rank.world_size, limit_batches=config.trainer.limit_val_batches
+    )
+    checkpoints = CheckpointStore(attempt.folder, config, groups)
+    validation = Validation(held_out, config.trainer, groups)
+    state = TrainState(module, ddp, optimizer, loader)
+    checkpoints.load_newest(state)
+    telemetry.resume_at(state.step)
+    return state, Run(config, groups, checkpoints, validation, telemetry, stop)
+
+
+def _train(state: "TrainState", run: "Run") -> Outcome:
+    from cosmos_hpc.training.loop import train
+
+    try:
+        return train(state, run)
+    finally:
+        run.telemetry.close()
+        state.loader.close()
+
+
+def _write_outcome(attempt: Attempt, rank: Rank, outcome: Outcome, step: int | None, message: str | None) -> None:
+    if rank.is_first:
+        ending = {"outcome": outcome, "step": step, "message": message}
+        write_atomically(attempt.folder.outcome(attempt.number), json.dumps(ending))
+
+
+if __name__ == "__main__":
+    main()

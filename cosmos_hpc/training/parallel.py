@@ -1,0 +1,148 @@
+"""Process groups and data parallelism by Megatron-Core, and the one stand-in that lets its CUDA lines run on a CPU."""
+
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from cosmos_hpc.ranks import Rank
+
+with warnings.catch_warnings():  # it announces at import that optional GPU kernels are missing
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ranks of a step and the device that each computes on."""
+
+    rank: Rank
+    """This process."""
+
+    device: torch.device
+    """CUDA device of the local rank, or the CPU."""
+
+    @classmethod
+    def start(cls, rank: Rank) -> "Groups":
+        """Join the other ranks: NCCL on GPUs, gloo on CPUs; a process that nobody launched is a group of one."""
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        port = os.environ.get("MASTER_PORT") or str(free_port())
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=rank.rank,
+            world_size=rank.world_size,
+            timeout=timedelta(minutes=30),
+        )
+        parallel_state.initialize_model_parallel()
+        return cls(rank, device)
+
+    def stop(self) -> None:
+        """Leave the group; all ranks call it."""
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=parallel_state.get_data_parallel_group_gloo())
+
+    def largest(self, value: int) -> int:
+        """The maximum over all ranks, on the CPU, without touching the GPU's stream."""
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group_gloo())
+        return int(tensor)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, elementwise, in place and returned."""
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, group=parallel_state.get_data_parallel_group_gloo(), src=0)
+        return box[0]
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """Compute in bfloat16 for `bf16`; for `32` a context that changes nothing. Weights are float32 in both."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
+        """Megatron-Core's data-parallel wrapper: gradients in buckets, reduced while the backward still runs."""
+        with cuda_calls_on(self.device):
+            ddp = DistributedDataParallel(
+                _no_transformer(), DistributedDataParallelConfig(overlap_grad_reduce=True), module.to(self.device)
+            )
+            ddp.broadcast_params()
+        return ddp
+
+    def finish_gradients(self, ddp: DistributedDataParallel) -> None:
+        """Wait until the reduced gradients are there."""
+        with cuda_calls_on(self.device):
+            finalize_model_grads([ddp])
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _no_transformer() -> TransformerConfig:
+    """The least that Megatron-Core accepts; nothing of it describes our network."""
+    return TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+
+
+@contextlib.contextmanager
+def cuda_calls_on(device: torch.device) -> Iterator[None]:
+    """Run Megatron-Core lines that name CUDA outright on the given device; on CUDA it does nothing.
+
+    A stand-in: on the CPU, factory calls for a CUDA device make CPU tensors, `Tensor.cuda()` is the tensor itself, and
+    `Tensor.type()` answers as on CUDA, since Megatron-Core compares its text.
+    """
+    if device.type == "cuda":
+        yield
+        return
+    with (
+        _CudaOnCpu(),
+        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
+        mock.patch.object(torch.cuda, "synchronize"),
+        mock.patch.object(torch.cuda, "empty_cache"),
+    ):
+        yield
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: object) -> bool:
+    return isinstance(device, int) or str(device).startswith("cuda")
