@@ -1,0 +1,139 @@
+"""Weights out of the kit, in the forms that other programs of the Cosmos family load."""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.tokenizer.build import build
+from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
+from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
+from cosmos_hpc.tokenizer.export_check import Case
+from cosmos_hpc.tokenizer.traceable import traceable_modules
+
+logger = logging.getLogger(__name__)
+
+
+def export_jit(
+    tokenizer: ContinuousTokenizer | DiscreteTokenizer, out: Path, dtype: torch.dtype = torch.float32
+) -> list[Path]:
+    """Write encoder.jit, decoder.jit and autoencoder.jit as released: see `export`."""
+    return export(tokenizer, out, "jit", dtype)
+
+
+def export(
+    tokenizer: ContinuousTokenizer | DiscreteTokenizer,
+    out: Path,
+    form: str,
+    dtype: torch.dtype = torch.float32,
+) -> list[Path]:
+    """Write the network's files into a folder, each under its name only once it has been checked.
+
+    They are loaded in a fresh process and compared with the network on 1, 9 and 33 frames of two sizes.
+
+    Args:
+        tokenizer: on any device; not changed.
+        out: made where it is missing; files of the same names are replaced.
+        form: `jit` (encoder.jit, decoder.jit, autoencoder.jit), `pt` (model.pt as cosmos-predict1 lays it out) or
+            `safetensors` (model.safetensors).
+        dtype: of the weights: torch.float32 or torch.bfloat16.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: on another form, or if what the files compute differs from what the network does.
+    """
+    writers: dict[str, Callable[[ContinuousTokenizer | DiscreteTokenizer, Path], None]] = {
+        "jit": _write_jit,
+        "pt": _write_pt,
+        "safetensors": _write_safetensors,
+    }
+    if form not in writers:
+        raise ConfigError(f"{form!r} is no form to export to: take {', '.join(writers)}")
+    network = _cast_copy(tokenizer, dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+        partial = Path(folder, "files")
+        partial.mkdir()
+        writers[form](network, partial)
+        difference = _largest_difference(network, partial, Path(folder, "cases.pt"))
+        files = sorted(partial.iterdir(), key=lambda file: file.name, reverse=True)  # the autoencoder last
+        for file in files:
+            file.chmod(0o644)
+            file.replace(out / file.name)
+    logger.info("exported %s, largest difference from the network %.1e", ", ".join(f.name for f in files), difference)
+    return [out / file.name for file in files]
+
+
+def _cast_copy(
+    tokenizer: ContinuousTokenizer | DiscreteTokenizer, dtype: torch.dtype
+) -> ContinuousTokenizer | DiscreteTokenizer:
+    """A copy on the CPU; its filters are those of the cast taps, as for anyone who loads the file."""
+    with torch.random.fork_rng(devices=[]):
+        copy = build(tokenizer.architecture).to(dtype)
+    cast_tensors = {
+        name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in tokenizer.state_dict().items()
+    }
+    copy.load_state_dict(cast_tensors)
+    return copy.eval().requires_grad_(False)
+
+
+def _write_jit(network: ContinuousTokenizer | DiscreteTokenizer, folder: Path) -> None:
+    step = network.architecture.spatial_compression
+    clip = torch.zeros(1, 3, 9, 2 * step, 3 * step, dtype=network.post_quant_conv.conv3d.weight.dtype)
+    with torch.no_grad():
+        latents = network.encode_indices(clip) if isinstance(network, DiscreteTokenizer) else network.encode(clip)
+        modules = traceable_modules(network)
+        for name, module, example in (
+            ("encoder", modules.encoder, clip),
+            ("decoder", modules.decoder, latents),
+            ("autoencoder", modules.autoencoder, clip),
+        ):
+            traced = torch.jit.trace(module.eval(), example, check_trace=False)
+            torch.jit.save(traced, folder / f"{name}.jit")
+
+
+def _write_pt(network: ContinuousTokenizer | DiscreteTokenizer, folder: Path) -> None:
+    model = {f"network.{name}": parameter.data for name, parameter in network.named_parameters()}
+    torch.save({"model": model}, folder / "model.pt")
+
+
+def _write_safetensors(network: ContinuousTokenizer | DiscreteTokenizer, folder: Path) -> None:
+    from safetensors.torch import save_file  # needed for this form alone
+
+    save_file(network.state_dict(), folder / "model.safetensors")
+
+
+def _largest_difference(network: ContinuousTokenizer | DiscreteTokenizer, files: Path, cases: Path) -> float:
+    """Compute the cases with the network, let a fresh process do it with the files, and compare."""
+    torch.save(
+        [tuple(_case(network, num_frames, size)) for num_frames in (1, 9, 33) for size in ((2, 3), (4, 2))], cases
+    )
+    command = [sys.executable, "-m", "cosmos_hpc.tokenizer.export_check", str(files), str(cases)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    checked = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if checked.returncode != 0:
+        reason = (checked.stderr.strip() or f"it ended with status {checked.returncode}").splitlines()[-1]
+        raise ConfigError(f"{files.parent.parent} gets no export, because its check failed: {reason}")
+    return float(checked.stdout.split()[-1])
+
+
+@torch.no_grad()
+def _case(network: ContinuousTokenizer | DiscreteTokenizer, num_frames: int, size: tuple[int, int]) -> Case:
+    step = network.architecture.spatial_compression
+    shape = (1, 3, num_frames, size[0] * step, size[1] * step)
+    clip = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clip = clip.to(network.post_quant_conv.conv3d.weight.dtype)
+    if isinstance(network, DiscreteTokenizer):
+        latents = network.encode_indices(clip)
+        return Case(clip, latents, network.decode_indices(latents))
+    latents = network.encode(clip)
+    return Case(clip, latents, network.decode(latents))
