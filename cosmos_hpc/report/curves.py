@@ -37,8 +37,11 @@ DASHES = ("solid", "dashed", "dotted")
 MAX_POINTS = 600
 """Points per curve: more than the picture has pixels only make the page heavy."""
 
-SMOOTHING_SHARE = 20
-"""The moving mean of a loss takes one part in this many of its curve."""
+SMOOTHING_SHARE = 40
+"""The moving mean of a loss reaches over one part in this many of its curve, to both sides."""
+
+MAX_DOTS = 50
+"""More validations than this are drawn as a line without a dot for each."""
 
 INK = "#123456"
 """Stands for the page's text colour, so that the picture follows a dark page."""
@@ -77,7 +80,7 @@ def loss_curves(records: Sequence[RunRecord]) -> str | None:
     figure, axes = _axes("loss")
     for index, (record, curve) in enumerate(zip(records, curves, strict=True)):
         style = run_style(index)
-        smooth = moving_mean(curve.values, window=max(1, len(curve.values) // SMOOTHING_SHARE))
+        smooth = moving_mean(curve.values, reach=len(curve.values) // SMOOTHING_SHARE)
         axes.plot(curve.steps, curve.values, color=style.colour, linewidth=0.7, alpha=0.35)
         axes.plot(curve.steps, smooth, color=style.colour, linestyle=style.dash, linewidth=1.8)
         _mark_interruptions(axes, record, style)
@@ -92,23 +95,17 @@ def psnr_curves(records: Sequence[RunRecord]) -> str | None:
     for index, record in enumerate(records):
         style = run_style(index)
         curve = _curve((validation.step, validation.val_psnr) for validation in record.validations)
-        axes.plot(
-            curve.steps,
-            curve.values,
-            color=style.colour,
-            linestyle=style.dash,
-            linewidth=1.8,
-            marker="o",
-            markersize=3.5,
-        )
+        marker = "o" if len(curve.steps) <= MAX_DOTS else ""
+        axes.plot(*curve, color=style.colour, linestyle=style.dash, linewidth=1.8, marker=marker, markersize=3.5)
         _mark_interruptions(axes, record, style)
     return _inline_svg(figure)
 
 
-def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Each value replaced by the mean of itself and those before it, `window` in all; fewer at the beginning."""
-    parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
-    return [statistics.fmean(part) for part in parts]
+def moving_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Each value replaced by the mean of itself and `reach` neighbours to both sides; fewer towards the ends."""
+    last = len(values) - 1
+    reaches = (min(reach, index, last - index) for index in range(len(values)))
+    return [statistics.fmean(values[index - near : index + near + 1]) for index, near in enumerate(reaches)]
 
 
 def _curve(points: Iterable[tuple[int, float | None]]) -> Curve:

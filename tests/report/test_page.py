@@ -1,0 +1,342 @@
+import base64
+import io
+import math
+import re
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from report_parts import WriteRun, attempt, grey_state, run_config, save_checkpoint, step_lines
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.run_folder import ExperimentFolder
+from cosmos_hpc.report.page import write_report, written_duration, written_value
+from cosmos_hpc.report.pictures import spread_positions
+
+VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
+
+
+@dataclass
+class Element:
+    """A tag with what is inside it."""
+
+    tag: str
+    attributes: dict[str, str]
+    children: list["Element | str"] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All words inside, with single spaces."""
+        words = (child if isinstance(child, str) else child.text for child in self.children)
+        return " ".join(" ".join(words).split())
+
+    def all(self, tag: str) -> list["Element"]:
+        """The tags of that name inside, in order."""
+        inside = [child for child in self.children if isinstance(child, Element)]
+        return [found for child in inside for found in ([child] if child.tag == tag else []) + child.all(tag)]
+
+    def by_id(self, name: str) -> "Element":
+        """The element with an id."""
+        found = self.find_id(name)
+        assert found is not None, f"no element #{name}"
+        return found
+
+    def find_id(self, name: str) -> "Element | None":
+        """The element with an id, if there is one."""
+        inside = [child for child in self.children if isinstance(child, Element)]
+        matches = (child if child.attributes.get("id") == name else child.find_id(name) for child in inside)
+        return next((match for match in matches if match is not None), None)
+
+
+class Tree(HTMLParser):
+    """Builds elements; complains of tags that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Element("root", {})
+        self.open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].children.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+def read_page(path: Path) -> Element:
+    tree = Tree()
+    tree.feed(path.read_text())
+    assert tree.open == [tree.root]
+    return tree.root
+
+
+def table(page: Element, name: str) -> list[dict[str, str]]:
+    """The rows of a table by their column's heading."""
+    head, *rows = page.by_id(name).all("tr")
+    titles = [cell.text.replace(". ", ".") for cell in head.all("th")]
+    return [dict(zip(titles, (cell.text for cell in row.all("th") + row.all("td")), strict=True)) for row in rows]
+
+
+def pixels(image: Element) -> np.ndarray:
+    """[H, W, 3] in 0 .. 255, decoded from the page itself."""
+    head, _, data = image.attributes["src"].partition(",")
+    assert head == "data:image/png;base64"
+    return np.round(imread(io.BytesIO(base64.b64decode(data)), format="png")[..., :3] * 255.0)
+
+
+def finished(**more: Any) -> dict[str, Any]:
+    return {"status": "finished", "attempts": [attempt(0, 1000.0, 1075.0, "finished", step=40, **more)]}
+
+
+def test_table_holds_the_numbers_of_the_metrics_file(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    start = {"step": 0, "val_psnr": 10.25, "attempt": 0}
+    write_run(
+        run_config("gone", lr=1e-4), [start, *step_lines(1, 39, 0), *step_lines(40, 40, 0, val_psnr=12.0)], finished()
+    )
+    interrupted = [*step_lines(1, 20, 0), *step_lines(21, 39, 1), *step_lines(40, 40, 1, val_psnr=13.5)]
+    two_attempts = [
+        attempt(0, 1000.0, 1060.0, "preempted", step=20),
+        attempt(1, 5000.0, 5045.0, "finished", step=40),
+    ]
+    write_run(run_config("gone", lr=3e-4), [start, *interrupted], {"status": "finished", "attempts": two_attempts})
+    page = read_page(write_report(experiment))
+    last_ten = sum(1 / step for step in range(31, 41)) / 10
+    first, second = table(page, "runs")
+    assert first == {
+        "run": experiment.runs()[0].path.name,
+        "optim.lr": "0.0001",
+        "status": "finished",
+        "step": "40 / 40",
+        "final loss (mean of last 10 steps)": f"{last_ten:.4f}",
+        "val PSNR at start, dB": "10.25",
+        "val PSNR at end, dB": "12.00",
+        "gain, dB": "+1.75",
+        "clips/s (median)": "3.00",  # half of the steps at 2, half at 4
+        "wall time": "1 min 15 s",
+        "attempts": "0: finished at step 40",
+    }
+    assert second["run"].endswith(" best")
+    assert (second["gain, dB"], second["wall time"]) == ("+3.25", "1 min 45 s")
+    assert second["attempts"] == "0: preempted at step 20 1: finished at step 40"
+
+
+def test_summary_names_the_best_run_its_gain_and_the_number_of_clips(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    for seed, end in ((0, 14.5), (1, 15.25), (2, 13.0)):
+        lines = [{"step": 0, "val_psnr": 11.0, "attempt": 0}, *step_lines(1, 1, 0, val_psnr=end)]
+        write_run(run_config(dataset, seed=seed), lines, finished())
+    best = experiment.runs()[1].path.name
+    assert read_page(write_report(experiment)).by_id("summary").text == (
+        f"Best run {best} (trainer.seed 1): 15.25 dB validation PSNR at step 1, "
+        "4.25 dB above its starting weights (11.00 dB), over 4 validation clips."
+    )
+
+
+def test_summary_says_when_training_made_it_worse(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    lines = [{"step": 0, "val_psnr": 30.0, "attempt": 0}, *step_lines(1, 1, 0, val_psnr=28.5)]
+    write_run(run_config("gone"), lines, finished())
+    page = read_page(write_report(experiment))
+    assert "28.50 dB validation PSNR at step 1, 1.50 dB below its starting weights" in page.by_id("summary").text
+    assert table(page, "runs")[0]["gain, dB"] == "\N{MINUS SIGN}1.50"
+
+
+def test_pictures_show_the_clip_before_and_after_and_how_far_off(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    config = run_config(dataset)
+    folder = write_run(config, step_lines(1, 1, 0, val_psnr=12.0), finished())
+    save_checkpoint(folder, grey_state(config), step=1)
+    section = read_page(write_report(experiment, num_pictures=2)).by_id("pictures")
+    assert [title.text for title in section.all("h3")] == [
+        "Validation clip 2 of 4, frame 5 of 9",
+        "Validation clip 4 of 4, frame 5 of 9",
+    ]
+    figures = section.all("figure")
+    assert len(figures) == 2 * 5
+    original, before, after, _, error = (pixels(figure.all("img")[0]) for figure in figures[:5])
+    assert original.shape == before.shape == after.shape == error.shape == (32, 32, 3)
+    assert np.all(after == 128)  # 127.5, rounded to even
+    assert np.abs(error - np.minimum(255, 4 * np.abs(original - 127.5))).max() <= 0.5
+    by_hand = 10 * math.log10(255**2 / np.mean((original - 127.5) ** 2))
+    assert f"{folder.path.name} {by_hand:.2f} dB, clip " in figures[2].text
+    assert "starting weights" in figures[1].text
+
+
+def test_runs_from_the_same_weights_share_one_picture_of_them(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    for lr, seed in ((1e-4, 0), (3e-4, 0), (1e-4, 1)):
+        config = run_config(dataset, lr=lr, seed=seed)
+        save_checkpoint(write_run(config, step_lines(1, 1, 0), finished()), grey_state(config), step=1)
+    captions = [b.text for b in read_page(write_report(experiment, num_pictures=1)).by_id("pictures").all("b")]
+    first, second, third = (folder.path.name for folder in experiment.runs())
+    assert captions == [
+        "original",
+        f"starting weights ({first}, {second})",
+        f"starting weights ({third})",
+        first,
+        second,
+        third,
+        f"error x 4, starting weights ({third})",
+        f"error x 4, {third}",
+    ]
+
+
+def test_runs_on_other_clips_have_rows_of_their_own(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    for crop_size in (16, 32):
+        config = run_config(dataset, crop_size=crop_size)
+        save_checkpoint(write_run(config, step_lines(1, 1, 0), finished()), grey_state(config), step=1)
+    section = read_page(write_report(experiment, num_pictures=1)).by_id("pictures")
+    titles = [title.text for title in section.all("h3")]
+    assert titles == [f"Validation clip 3 of 4, frame 5 of 9 ({folder.path.name})" for folder in experiment.runs()]
+    assert {pixels(image).shape[0] for image in section.all("img")} == {16, 32}
+
+
+def test_page_of_runs_in_every_state_says_so(dataset: Path, experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    failed = [attempt(0, 0.0, 9.0, "failed", step=3, message="rank 1 on node-7: out of memory\nsee rank_1.log")]
+    trained = run_config(dataset, seed=0)
+    folder = write_run(trained, step_lines(1, 5, 0), {"status": "running", "attempts": [attempt(0, 0.0, None, None)]})
+    save_checkpoint(folder, grey_state(trained), step=5)
+    write_run(run_config(dataset, seed=1), step_lines(1, 3, 0), {"status": "failed", "attempts": failed})
+    write_run(run_config(dataset, seed=2))
+    page = read_page(write_report(experiment, num_pictures=1))
+    assert page.by_id("summary").text == "No run has been validated after training yet."
+    assert [row["status"] for row in table(page, "runs")] == ["running", "failed", "not started"]
+    assert [row["attempts"] for row in table(page, "runs")] == ["0: running", "0: failed at step 3", "none yet"]
+    assert "attempt 0 failed: rank 1 on node-7: out of memory see rank_1.log" in page.text
+    assert page.by_id("pictures").text.count("no checkpoint yet") == 2
+
+
+def test_experiment_that_has_not_started_has_a_page(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    write_run(run_config("gone"))
+    page = read_page(write_report(experiment))
+    assert "No run has made a step yet." in page.text
+    assert "No pictures: no run has a checkpoint yet." in page.text
+    assert table(page, "runs")[0]["final loss (mean of last 10 steps)"] == "\N{EN DASH}"
+
+
+def test_page_without_the_dataset_tells_why_it_has_no_pictures(
+    tmp_path: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    config = run_config(tmp_path / "gone")
+    save_checkpoint(write_run(config, step_lines(1, 1, 0), finished()), grey_state(config), step=1)
+    page = read_page(write_report(experiment))
+    assert f"No pictures: data.path is {tmp_path / 'gone'}, which is not there" in page.by_id("pictures").text
+
+
+def test_damaged_checkpoint_takes_the_place_of_its_own_pictures_only(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    for seed in (0, 1):
+        config = run_config(dataset, seed=seed)
+        tensors = grey_state(config)
+        if seed == 1:
+            del tensors["encoder.conv_out.1.conv3d.bias"]
+        save_checkpoint(write_run(config, step_lines(1, 1, 0), finished()), tensors, step=1)
+    section = read_page(write_report(experiment, num_pictures=1)).by_id("pictures")
+    assert "lacks encoder.conv_out.1.conv3d.bias" in section.text
+    assert len(section.all("img")) == 6  # original, two starts, one run, two errors
+
+
+def test_without_pictures_asked_for_there_is_no_such_section(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    write_run(run_config("gone"))
+    assert read_page(write_report(experiment, num_pictures=0)).find_id("pictures") is None
+
+
+def test_everything_that_users_wrote_is_escaped(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    hostile = "<script>alert('é')</script>"
+    config = run_config(f"/data/{hostile}", lr=1e-4)
+    message = f"rank 0: {hostile}"
+    write_run(
+        config, step_lines(1, 1, 0), {"status": "failed", "attempts": [attempt(0, 0, 1, "failed", message=message)]}
+    )
+    write_run(replace(config, optim=replace(config.optim, lr=3e-4), data=replace(config.data, path="plain")))
+    renamed = ExperimentFolder(experiment.path.rename(experiment.path.with_name("<b>trial&")))
+    page = read_page(write_report(renamed))
+    assert page.all("script") == []
+    assert page.all("h1")[0].text == "<b>trial&"
+    assert table(page, "runs")[0]["data.path"] == f"/data/{hostile}"
+    assert f"data.path /data/{hostile}" in page.by_id("legend").text
+    assert f"attempt 0 failed: {message}" in page.text
+
+
+def test_page_is_one_file_that_refers_to_nothing_else(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    config = run_config(dataset)
+    save_checkpoint(write_run(config, step_lines(1, 5, 0, val_psnr=9.0), finished()), grey_state(config), step=5)
+    written = write_report(experiment, num_pictures=1)
+    text = written.read_text()
+    page = read_page(written)
+    assert list(written.parent.iterdir()) == [written] == [experiment.report]
+    assert re.search(r"https?://|@import|url\((?!#)", text) is None
+    assert [page.all(tag) for tag in ("script", "link", "iframe", "object")] == [[], [], [], []]
+    assert all(image.attributes["src"].startswith("data:") for image in page.all("img"))
+    assert len(page.all("svg")) == 2
+    assert text.isascii()
+
+
+def test_all_settings_are_listed_once_where_shared_and_by_run_where_not(
+    experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    write_run(run_config("gone", lr=1e-4))
+    write_run(run_config("gone", lr=3e-4))
+    rows = {row.all("th")[0].text: [cell.text for cell in row.all("td")] for row in settings_rows(experiment)}
+    assert rows["optim.lr"] == ["0.0001", "0.0003"]
+    assert rows["optim.betas"] == ["0.5, 0.999"]
+    assert rows["model.jit_ckpt_pth"] == ["none"]
+    assert rows["loss.l1.weight"] == ["1"]
+
+
+def settings_rows(experiment: ExperimentFolder) -> list[Element]:
+    return read_page(write_report(experiment)).by_id("settings").all("tr")[1:]
+
+
+def test_new_report_takes_the_place_of_the_old_one(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    write_run(run_config("gone", seed=0))
+    write_report(experiment)
+    write_run(run_config("gone", seed=1))
+    assert len(table(read_page(write_report(experiment)), "runs")) == 2
+
+
+def test_experiment_without_runs_is_refused(experiment: ExperimentFolder) -> None:
+    with pytest.raises(ConfigError, match="holds no run: submit the experiment first, or check the name"):
+        write_report(experiment)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"), [(38.4, "38 s"), (245, "4 min 05 s"), (7500, "2 h 05 min"), (59.7, "1 min 00 s")]
+)
+def test_durations_are_written_in_the_units_that_matter(seconds: float, written: str) -> None:
+    assert written_duration(seconds) == written
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(None, "none"), (3e-5, "3e-05"), (True, "true"), ((), "none"), ({"A": 1, "B": "x"}, "A=1, B=x"), ("bf16", "bf16")],
+)
+def test_values_are_written_as_a_person_would(value: object, written: str) -> None:
+    assert written_value(value) == written
+
+
+@pytest.mark.parametrize(
+    ("num_clips", "num_pictures", "positions"), [(8, 3, [1, 4, 6]), (100, 2, [25, 75]), (2, 3, [0, 1]), (1, 3, [0])]
+)
+def test_pictures_are_spread_over_the_split(num_clips: int, num_pictures: int, positions: list[int]) -> None:
+    assert spread_positions(num_clips, num_pictures) == positions
