@@ -377,23 +377,21 @@ class RunConfig:
         require(
             frames % temporal == 1,
             f"data.num_frames is {frames}, but {self.model.model} takes 1 + {temporal}k: "
-            f"set {max(1, frames // temporal * temporal + 1)} or {(frames // temporal + 1) * temporal + 1}",
+            f"set {' or '.join(str(1 + near) for near in _multiples_around(frames - 1, temporal, least=0))}",
         )
         crop, spatial = self.data.crop_size, self.model.spatial_compression
         require(
             crop % spatial == 0,
             f"data.crop_size is {crop}, but {self.model.model} takes multiples of {spatial}: "
-            f"set {max(spatial, crop // spatial * spatial)} or {(crop // spatial + 1) * spatial}",
+            f"set {' or '.join(map(str, _multiples_around(crop, spatial, least=spatial)))}",
         )
 
     def _check_batch(self) -> None:
         micro, ranks, total = self.data.micro_batch_size, self.trainer.world_size, self.data.global_batch_size
-        smallest = micro * ranks
-        lower, upper = max(smallest, total // smallest * smallest), (total // smallest + 1) * smallest
         require(
-            total % smallest == 0,
+            total % (micro * ranks) == 0,
             f"data.global_batch_size is {total}, but must be a multiple of data.micro_batch_size x ranks "
-            f"= {micro} x {ranks}: set {lower} or {upper}",
+            f"= {micro} x {ranks}: set {' or '.join(map(str, _multiples_around(total, micro * ranks, micro * ranks)))}",
         )
         streams = self.data.num_streams
         require(
@@ -401,6 +399,12 @@ class RunConfig:
             f"data.num_streams is {streams}, but must divide evenly over {ranks} ranks: "
             f"set a multiple of {ranks}, or change trainer.devices and trainer.num_nodes",
         )
+
+
+def _multiples_around(value: int, factor: int, least: int) -> list[int]:
+    """The multiples of `factor` on both sides of a value, none below `least`."""
+    below = value // factor * factor
+    return sorted({max(least, below), max(least, below + factor)})
 
 
 @dataclass(frozen=True, kw_only=True)

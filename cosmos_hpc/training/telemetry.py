@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from functools import partial
 from typing import Any, NamedTuple, TextIO
 
 from cosmos_hpc.config.run_folder import RunFolder, write_atomically
@@ -131,10 +132,10 @@ def _start_wandb(config: RunConfig, folder: RunFolder) -> Any:
     if key:
         os.environ["WANDB_API_KEY"] = key
     name = folder.label.replace("/", "-")
-    common = {"project": config.wandb.project, "entity": config.wandb.entity, "id": name, "dir": folder.path}
+    start = partial(wandb.init, project=config.wandb.project, entity=config.wandb.entity, id=name, dir=folder.path)
     if mode != "offline":
         try:
-            return wandb.init(mode="online", resume="allow", **common)
+            return start(mode="online", resume="allow")
         except wandb.errors.CommError as error:
             logger.warning("wandb can't be reached (%s): metrics are kept offline in %s/wandb", error, folder.path)
-    return wandb.init(mode="offline", **common)
+    return start(mode="offline")

@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.load import load_experiment, read_run_config, resolve, to_yaml
+
+JOB = """\
+name: roads
+data: {path: /data/roads, num_frames: 33}
+optim: {lr: 3e-4}
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "roads.yaml"
+    path.write_text(JOB)
+    return path
+
+
+def settings(path: Path | None, *overrides: str):
+    return resolve(load_experiment(path, overrides), {})
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        settings(path, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_file_sets_what_it_names_and_leaves_the_rest_at_its_default(job):
+    run = settings(job)
+    assert (run.name, run.data.num_frames, run.optim.lr, run.optim.betas) == ("roads", 33, 3e-4, (0.5, 0.999))
+
+
+def test_an_override_lies_on_top_of_the_file_and_takes_the_type_of_its_field(job):
+    run = settings(job, "optim.lr=3e-5", "optim.betas=[0.9, 0.99]", "data.num_frames=17")
+    assert (run.optim.lr, run.optim.betas, run.data.num_frames) == (3e-5, (0.9, 0.99), 17)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.num_frame=33", "did you mean data.num_frames?"),
+        ("trainer.max_stps=3", "did you mean trainer.max_steps?"),
+        ("num_frames=33", "did you mean data.num_frames?"),
+        ("dta.path=/x", "did you mean data?"),
+        ("loss.l1.wieght=1", "did you mean loss.l1.weight?"),
+        ("sweep.max_parralel=1", "did you mean sweep.max_parallel?"),
+    ],
+)
+def test_unknown_override_names_the_nearest_known_one(job, override, words):
+    message = refusal(job, override)
+    assert words in message
+    assert message.startswith(f"command line: {override.partition('=')[0].split('.')[0]}")
+
+
+def test_unknown_key_in_a_file_names_the_file_and_the_nearest_known_one(job):
+    job.write_text(JOB + "trainer: {max_step: 3}\n")
+    assert refusal(job) == f"{job}: trainer.max_step is no setting: did you mean trainer.max_steps?"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.num_frames=16", "takes 1 + 8k: set 9 or 17"),
+        ("data.crop_size=100", "takes multiples of 8: set 96 or 104"),
+        ("data.global_batch_size=6", "must be a multiple of data.micro_batch_size x ranks = 4 x 1: set 4 or 8"),
+        ("data.global_batch_size=2", "= 4 x 1: set 4"),
+        ("data.num_frames=ten", "data.num_frames: Value 'ten'"),
+        ("data=3", "data is 3, but is a group of settings"),
+        ("optim.lr=-1", "optim.lr is -1.0, but must be above 0"),
+        ("model.model=VGG", "names no Cosmos video tokenizer"),
+        ("trainer.precision=fp8", "set bf16"),
+        ("cluster=nowhere", "there is no such file: see slurm/*.yaml"),
+        ("name=../up", "names a folder"),
+        ("optim.lr", "write group.name=value"),
+    ],
+)
+def test_impossible_value_is_refused_with_the_mend(job, override, words):
+    assert words in refusal(job, "data.micro_batch_size=4", override)
+
+
+def test_a_latent_frame_of_four_takes_other_clip_lengths_than_one_of_eight(job):
+    assert settings(job, "model.model=Cosmos-0.1-Tokenizer-CV4x8x8", "data.num_frames=5").data.num_frames == 5
+    assert "takes 1 + 4k" in refusal(job, "model.model=Cosmos-0.1-Tokenizer-CV4x8x8", "data.num_frames=7")
+
+
+def test_environment_expands_in_paths_and_nowhere_else(job, monkeypatch):
+    monkeypatch.setenv("ROADS", "/mnt/roads")
+    assert settings(job, "data.path=${ROADS}/v2").data.path == "/mnt/roads/v2"
+    assert "variables expand only in" in refusal(job, "model.model=${ROADS}")
+    assert "not set: export it first" in refusal(job, "data.path=$NOT_THERE/v2")
+
+
+def test_relative_paths_are_kept_whole_since_jobs_start_elsewhere(job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert settings(job, "data.path=roads").data.path == str(tmp_path / "roads")
+    assert settings(job, "data.path=s3://bucket/roads").data.path == "s3://bucket/roads"
+
+
+def test_a_profile_is_read_by_name_and_its_fields_can_be_overridden(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("executor: slurm\npartition: fast\nenvironment: {NCCL_DEBUG: INFO}\n")
+    job.write_text(JOB + "cluster: mine.yaml\n")
+    cluster = settings(job, "cluster.time_limit_min=30").cluster
+    assert (cluster.executor, cluster.partition, cluster.time_limit_min) == ("slurm", "fast", 30)
+    assert cluster.environment == {"NCCL_DEBUG": "INFO"}
+    assert settings(job, "cluster=local").cluster.partition is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("data: {path: /x, path: /y}", "duplicate"), ("data: [", "line "), ("- a\n- b\n", "holds a list")],
+)
+def test_malformed_file_is_refused_in_one_line(tmp_path, text, words):
+    job = tmp_path / "broken.yaml"
+    job.write_text(text)
+    assert words in refusal(job)
+
+
+def test_missing_file_names_a_near_one(job):
+    assert "did you mean" in refusal(job.with_name("road.yaml"))
+
+
+def test_settings_written_to_yaml_read_back_equal(job, tmp_path):
+    run = settings(job, "cluster.environment.A=b", "container.mounts=[/data:/data]", "optim.betas=[0.8, 0.9]")
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(run))
+    assert read_run_config(written) == run
