@@ -2,7 +2,8 @@
 
 Activations are [B, C, T, H, W] lying in B, T, H, W, C memory (`torch.channels_last_3d`). In that memory a frame-wise
 convolution is a 2-D one over [B*T, C, H, W] and a time-wise one a 2-D one over [B, C, T, H*W], both views, which spares
-the copies that 3-D convolutions cost. The parameters keep the released 5-D shapes, held by a child `conv3d` that is
+the copies that 3-D convolutions cost. (Flattened with the channels last, so that a batch of one keeps the strides by
+which libraries know the memory order.) The parameters keep the released 5-D shapes, held by a child `conv3d` that is
 never called itself.
 """
 
@@ -37,7 +38,7 @@ class SpatialConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to [B, C', T, H', W']; H' = H and W' = W at stride 1 and padding 1."""
-        frames = x.transpose(1, 2).flatten(0, 1)
+        frames = channels_last(x).flatten(0, 1).permute(0, 3, 1, 2)
         frames = F.conv2d(frames, self.conv3d.weight.squeeze(2), self.conv3d.bias, self.stride, self.padding)
         return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
@@ -54,7 +55,8 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to [B, C', T', H, W]; T' = T at stride 1 and two front copies."""
         x = repeat_first_frame(x, self.num_front_copies) if self.num_front_copies else x
-        columns = F.conv2d(x.flatten(3), self.conv3d.weight.squeeze(4), self.conv3d.bias, (self.stride, 1))
+        columns = channels_last(x).flatten(2, 3).permute(0, 3, 1, 2)
+        columns = F.conv2d(columns, self.conv3d.weight.squeeze(4), self.conv3d.bias, (self.stride, 1))
         return columns.unflatten(3, x.shape[3:])
 
 
