@@ -168,6 +168,11 @@ class TrainLoader:
             raise RuntimeError("restore() came after the first clip: restore a fresh loader")
         _check_layout(state, self.layout, self.rank)
         self._loader.restore_state_rank(copy.deepcopy(state.position))
+        if state.position is not None and self.layout.workers_per_rank:
+            # Energon 7.4.1 forgets the offset: a save before every worker has yielded again would repeat clips
+            self._loader._worker_sample_counters = [
+                worker.state.sample_index + worker.offset - 1 for worker in state.position.worker_states
+            ]
 
     def close(self) -> None:
         """End the workers. Neither clips nor the position can be taken afterwards."""
@@ -237,14 +242,13 @@ def _task_encoder(data: DataConfig, skipped: SkippedVideos, *, is_training: bool
 
 def _open(dataset: Any, seed: int) -> Any:
     """Energon's loader, which draws nothing from torch's global generator and whose workers obey their rank alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
-        loader = get_savable_loader(
-            dataset,
-            checkpoint_every_sec=SNAPSHOT_EVERY_S,
-            watchdog_timeout_seconds=None,
-            gc_collect_every_n_steps=10 if dataset.worker_config.num_workers else 0,  # the rank's heap stays unfrozen
-        )
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
+    loader = get_savable_loader(
+        dataset,
+        checkpoint_every_sec=SNAPSHOT_EVERY_S,
+        watchdog_timeout_seconds=None,
+        gc_collect_every_n_steps=10 if dataset.worker_config.num_workers else 0,  # the rank's heap stays unfrozen
+    )
     loader.pin_memory = torch.cuda.is_available()
     loader.generator = torch.Generator().manual_seed(seed)
     if loader.num_workers:

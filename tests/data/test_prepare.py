@@ -1,4 +1,4 @@
-"""One command makes a dataset that Energon reads, or refuses what would fail later; the second time, nothing changes."""
+"""One call makes a dataset that Energon reads, or refuses what would fail later; a second one changes nothing."""
 
 import os
 import shutil

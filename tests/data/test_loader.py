@@ -1,0 +1,541 @@
+"""The loader repeats itself and resumes exactly, sees every video, and outlives bad ones and signals to the rank."""
+
+import logging
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_videos import NUM_FRAMES, NUM_TRAIN, NUM_VAL, film, pictures, start_of, video_of
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.data.loader import LoaderState, TrainLoader, ValidationLoader, to_unit_range
+from cosmos_hpc.data.pack import pack
+from cosmos_hpc.data.prepare import prepare
+from cosmos_hpc.data.video_file import write_mp4
+
+
+def take(loader, count: int) -> list[torch.Tensor]:
+    return list(islice(loader, count))
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(*pair) for pair in zip(some, others, strict=True))
+
+
+@pytest.fixture
+def train_loader():
+    """Makes loaders and ends their workers."""
+    made = []
+
+    def make(config, *, seed=7, rank=0, world_size=1) -> TrainLoader:
+        made.append(TrainLoader(config, seed=seed, rank=rank, world_size=world_size))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+# what comes out
+
+
+def test_batches_are_uint8_clips_of_the_asked_size(data_config, train_loader):
+    (batch,) = take(train_loader(data_config(micro_batch_size=3)), 1)
+    assert batch.shape == (3, 3, 9, 32, 32)
+    assert batch.dtype == torch.uint8
+    assert batch.is_contiguous()
+
+
+def test_unit_range_takes_black_to_minus_one_and_white_to_one():
+    clips = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert to_unit_range(clips).tolist() == pytest.approx([-1.0, -0.6, 1.0])
+    assert to_unit_range(clips).dtype == torch.float32
+
+
+def test_frames_of_a_clip_are_consecutive(data_config, train_loader):
+    for batch in take(train_loader(data_config()), 10):
+        for clip in batch:
+            greens = clip[1].float().mean(dim=(1, 2)) / 10
+            assert torch.allclose(greens.diff(), torch.ones(8), atol=0.35)
+
+
+def test_starts_and_crops_cover_the_whole_video_and_picture(data_config, train_loader):
+    clips = torch.cat(take(train_loader(data_config()), 150))
+    assert {start_of(clip) for clip in clips} == set(range(NUM_FRAMES - 9 + 1))
+    left_edges = {round(clip[2, 0, :, 0].float().mean().item() * 64 / 255) for clip in clips}
+    assert min(left_edges) <= 1
+    assert max(left_edges) >= 64 - 32 - 1
+
+
+def test_every_pass_sees_every_video_in_another_order(data_config, train_loader):
+    clips = torch.cat(take(train_loader(data_config(shuffle_buffer_size=1)), 3 * NUM_TRAIN // 2))
+    passes = [[video_of(clip) for clip in clips[start : start + NUM_TRAIN]] for start in (0, NUM_TRAIN, 2 * NUM_TRAIN)]
+    assert all(sorted(order) == list(range(NUM_TRAIN)) for order in passes)
+    assert len({tuple(order) for order in passes}) == 3
+
+
+def test_dataset_smaller_than_the_shuffle_buffer_repeats_for_ever_and_evenly(data_config, train_loader):
+    clips = torch.cat(take(train_loader(data_config(shuffle_buffer_size=100)), 10 * NUM_TRAIN))
+    seen = Counter(video_of(clip) for clip in clips)
+    assert set(seen) == set(range(NUM_TRAIN))
+    assert sum(seen.values()) == 20 * NUM_TRAIN
+    assert min(seen.values()) >= 10  # the buffer holds ten of each, so no video can lag by more than ten of twenty
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (2, 2)])
+def test_ranks_and_workers_share_the_videos(data_config, train_loader, world_size, num_workers):
+    config = data_config(num_workers=num_workers, micro_batch_size=1)
+    seen = []
+    for rank in range(world_size):
+        clips = torch.cat(take(train_loader(config, rank=rank, world_size=world_size), 20))
+        seen.append({video_of(clip) for clip in clips})
+    assert seen[0] | seen[1] == set(range(NUM_TRAIN))
+    assert not seen[0] & seen[1]
+
+
+def test_seed_decides_order_and_crops(data_config, train_loader):
+    first, again, other = (take(train_loader(data_config(), seed=seed), 6) for seed in (1, 1, 2))
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+def test_ranks_draw_their_own_starts(data_config, train_loader):
+    ranks = [torch.cat(take(train_loader(data_config(), rank=rank, world_size=2), 8)) for rank in (0, 1)]
+    starts = [[start_of(clip) for clip in clips] for clips in ranks]
+    assert starts[0] != starts[1]
+
+
+def test_clips_do_not_depend_on_what_else_the_process_decodes(data_config, train_loader):
+    config = data_config(num_workers=2)
+    alone = take(train_loader(config), 4)
+    list(ValidationLoader(config, rank=0, world_size=1))
+    take(train_loader(data_config(), seed=99), 2)
+    torch.manual_seed(5)
+    assert equal(take(train_loader(config), 4), alone)
+
+
+def test_loading_leaves_the_random_numbers_of_the_rank_alone(data_config, train_loader):
+    torch.manual_seed(3)
+    untouched = torch.rand(4)
+    torch.manual_seed(3)
+    for num_workers in (0, 1):
+        take(train_loader(data_config(num_workers=num_workers)), 2)
+    list(ValidationLoader(data_config(), rank=0, world_size=1))
+    assert torch.equal(torch.rand(4), untouched)
+
+
+def test_small_picture_is_enlarged_to_the_crop(data_config, train_loader, tmp_path):
+    for part, first in (("train", 0), ("val", 2)):
+        for number in (first, first + 1):
+            write_mp4(tmp_path / "videos" / part / f"{number}.mp4", pictures(number, height=48, width=32), fps=25)
+        pack([tmp_path / "videos" / part], tmp_path / part)
+    prepare(tmp_path, num_workers=1)
+    config = data_config(path=str(tmp_path), crop_size=80)
+    (batch,) = take(train_loader(config), 1)
+    assert batch.shape[-2:] == (80, 80)
+    (whole_width,) = ValidationLoader(config, rank=0, world_size=1)
+    edges = whole_width[0, 2, 0, :, [0, -1]].float().mean(dim=0)
+    assert edges[0] < 20  # 32 pixels became 80, none of the width is lost
+    assert edges[1] > 235
+
+
+def test_real_films_are_read(data_config, train_loader, videos, tmp_path):
+    pack([film("bikes.mp4"), film("bigbuckbunny.mp4")], tmp_path / "train")
+    pack([videos / "val"], tmp_path / "val")
+    prepare(tmp_path, num_workers=1)
+    config = data_config(path=str(tmp_path), num_frames=17, crop_size=256, micro_batch_size=1)
+    clips = torch.cat(take(train_loader(config), 4))
+    assert clips.shape == (4, 3, 17, 256, 256)
+    assert all(clip.float().std() > 10 for clip in clips)
+
+
+# resume
+
+
+RANK = """
+import pickle, sys
+from itertools import islice
+from pathlib import Path
+from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
+
+config, count, clips_to, state_to = pickle.loads(Path(sys.argv[1]).read_bytes())
+list(ValidationLoader(config, rank=0, world_size=1))
+loader = TrainLoader(config, seed=7, rank=0, world_size=1)
+Path(clips_to).write_bytes(pickle.dumps([batch.numpy() for batch in islice(loader, count)]))
+Path(state_to).write_bytes(pickle.dumps(loader.state()))
+"""
+
+
+def test_another_process_stops_and_this_one_goes_on(data_config, train_loader, tmp_path):
+    config = data_config(num_workers=2)
+    unbroken = take(train_loader(config), 12)
+    (tmp_path / "asked").write_bytes(pickle.dumps((config, 5, tmp_path / "clips", tmp_path / "state")))
+    done = subprocess.run([sys.executable, "-c", RANK, tmp_path / "asked"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")  # the user's terminal stays clean
+    its_clips = [torch.from_numpy(batch) for batch in pickle.loads((tmp_path / "clips").read_bytes())]
+    loader = train_loader(config)
+    loader.restore(pickle.loads((tmp_path / "state").read_bytes()))
+    assert equal(its_clips + take(loader, 7), unbroken)
+
+
+@pytest.mark.parametrize(("num_workers", "draw"), [(0, 0), (0, 1), (0, 2), (1, 0), (3, 1)])
+def test_run_interrupted_at_random_points_gives_the_clips_of_an_unbroken_one(
+    data_config, train_loader, num_workers, draw
+):
+    chance = random.Random(f"{num_workers} {draw}")
+    config = data_config(
+        num_workers=num_workers,
+        micro_batch_size=chance.choice([1, 2, 3]),
+        shuffle_buffer_size=chance.choice([1, 3, 30]),
+    )
+    unbroken = take(train_loader(config, seed=draw), 30)
+    pieces: list[torch.Tensor] = []
+    state = None
+    while len(pieces) < 30:
+        loader = train_loader(config, seed=draw)
+        if state is not None:
+            loader.restore(pickle.loads(state))
+        pieces += take(loader, min(chance.randrange(0, 16), 30 - len(pieces)))
+        state = pickle.dumps(loader.state())
+        loader.close()
+    assert equal(pieces, unbroken)
+
+
+def test_second_interruption_before_every_worker_has_yielded_repeats_nothing(data_config, train_loader):
+    """Energon 7.4.1 alone repeats the clips between its last snapshot and the first save for the silent workers."""
+    config = data_config(num_workers=2)
+    unbroken = take(train_loader(config), 14)
+    pieces: list[torch.Tensor] = []
+    state = None
+    for count in (9, 1, 4):
+        loader = train_loader(config)
+        if state is not None:
+            loader.restore(state)
+        pieces += take(loader, count)
+        state = loader.state()
+        loader.close()
+    assert equal(pieces, unbroken)
+
+
+def test_saving_does_not_disturb_what_follows(data_config, train_loader):
+    config = data_config(num_workers=1)
+    undisturbed = take(train_loader(config), 6)
+    loader, batches = train_loader(config), []
+    for batch in islice(loader, 6):
+        batches.append(batch)
+        loader.state()
+    assert equal(batches, undisturbed)
+
+
+def test_state_is_a_moment_and_not_a_view(data_config, train_loader):
+    loader = train_loader(data_config())
+    take(loader, 2)
+    state = loader.state()
+    before = pickle.dumps(state)
+    following = take(loader, 5)
+    assert pickle.dumps(state) == before
+    for _ in range(2):  # restoring leaves it usable, too
+        fresh = train_loader(data_config())
+        fresh.restore(state)
+        assert equal(take(fresh, 5), following)
+
+
+def test_second_iteration_goes_on_instead_of_starting_over(data_config, train_loader):
+    together = take(train_loader(data_config()), 5)
+    loader = train_loader(data_config())
+    assert equal(take(loader, 2) + take(loader, 3), together)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"num_workers": 1}, r"\(workers_per_rank 2 -> 1\): decode with 2 workers per rank"),
+        ({"num_streams": 3}, r"\(workers_per_rank 2 -> 3\): decode with 2 workers per rank"),
+        ({"shuffle_buffer_size": 5}, r"\(shuffle_buffer_size 4 -> 5\): set data.shuffle_buffer_size to 4"),
+        ({"micro_batch_size": 1}, r"\(micro_batch_size 2 -> 1\): set data.micro_batch_size to 2"),
+        ({"seed": 8}, r"\(seed 7 -> 8\): set trainer.seed to 7"),
+        ({"world_size": 2}, r"\(world_size 1 -> 2\): set trainer.devices and trainer.num_nodes to 1 ranks"),
+    ],
+)
+def test_position_of_another_layout_is_refused_with_the_mend(data_config, train_loader, changes, mend):
+    state = train_loader(data_config(num_workers=2)).state()
+    settings = {"num_workers": 2} | changes
+    arguments = {name: settings.pop(name) for name in ("seed", "world_size") if name in settings}
+    other = train_loader(data_config(**settings), **arguments)
+    with pytest.raises(
+        ConfigError, match=f"^the checkpoint's position in the data fits another layout {mend}"
+    ) as error:
+        other.restore(state)
+    assert "\n" not in str(error.value)
+
+
+def test_position_in_another_dataset_is_refused(data_config, train_loader, videos, tmp_path):
+    state = train_loader(data_config()).state()
+    pack([videos / "train/00.mp4", videos / "train/01.mp4"], tmp_path / "train")
+    pack([videos / "val"], tmp_path / "val")
+    prepare(tmp_path, num_workers=1)
+    with pytest.raises(ConfigError, match=r"train_samples 10 -> 2.*bring back the dataset of 10 training samples"):
+        train_loader(data_config(path=str(tmp_path))).restore(state)
+
+
+def test_position_of_another_rank_and_late_calls_are_our_own_mistakes(data_config, train_loader):
+    loader = train_loader(data_config(), world_size=2)
+    state = loader.state()
+    assert isinstance(state, LoaderState)
+    with pytest.raises(RuntimeError, match="rank 1 got the data position of rank 0"):
+        train_loader(data_config(), rank=1, world_size=2).restore(state)
+    take(loader, 1)
+    with pytest.raises(RuntimeError, match="restore a fresh loader"):
+        loader.restore(state)
+    loader.close()
+    with pytest.raises(RuntimeError, match=r"state\(\) came after close\(\)"):
+        loader.state()
+
+
+# bad data
+
+
+@pytest.fixture(scope="module")
+def damaged(videos, tmp_path_factory) -> Path:
+    """Four good videos, an empty one, one that is none, one whose end is missing, and one of five frames."""
+    tmp_path = tmp_path_factory.mktemp("damaged")
+    good = [(f"{number}.mp4", (videos / "train" / f"{number:02d}.mp4").read_bytes()) for number in range(4)]
+    write_mp4(tmp_path / "brief.mp4", pictures(9, num_frames=5), fps=25)
+    bad = [
+        ("empty.mp4", b""),
+        ("zeros.mp4", bytes(700)),
+        ("torn.mp4", good[0][1][: len(good[0][1]) // 2]),
+        ("brief.mp4", (tmp_path / "brief.mp4").read_bytes()),
+    ]
+    write_tar(tmp_path / "dataset/train/a.tar", good + bad)
+    write_tar(tmp_path / "dataset/val/a.tar", [(f"val-{name}", raw) for name, raw in good[:2] + bad])
+    prepare(tmp_path / "dataset", num_workers=1)
+    return tmp_path / "dataset"
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    from webdataset import TarWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = TarWriter(str(path), encoder=False)
+    for name, raw in files:
+        writer.write({"__key__": name.removesuffix(".mp4"), "mp4": raw})
+    writer.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unusable_videos_are_skipped_counted_and_each_named_once(
+    data_config, train_loader, damaged, num_workers, caplog, capfd
+):
+    loader = train_loader(data_config(path=str(damaged), num_workers=num_workers))
+    with caplog.at_level(logging.WARNING, "cosmos_hpc"):
+        clips = torch.cat(take(loader, 12))
+    assert {video_of(clip) for clip in clips} == {0, 1, 2, 3}
+    assert loader.num_skipped >= 8
+    if num_workers:  # a worker logs to the same stream, but not into this process's list
+        return
+    named = Counter(record.getMessage().split(":")[0].removeprefix("skipped ") for record in caplog.records)
+    assert named == {f"train/a.tar/{name}": 1 for name in ("empty", "zeros", "torn", "brief")}
+    reasons = " ".join(record.getMessage() for record in caplog.records)
+    assert "the file is empty" in reasons
+    assert "it has 5 frames, 9 are needed" in reasons
+    assert capfd.readouterr().out == ""
+
+
+def test_unusable_videos_do_not_spoil_the_resume(data_config, train_loader, damaged):
+    config = data_config(path=str(damaged), num_workers=1)
+    unbroken = take(train_loader(config), 12)
+    loader = train_loader(config)
+    pieces = take(loader, 5)
+    resumed = train_loader(config)
+    resumed.restore(pickle.loads(pickle.dumps(loader.state())))
+    assert equal(pieces + take(resumed, 7), unbroken)
+
+
+def test_validation_goes_past_unusable_videos(data_config, damaged):
+    loader = ValidationLoader(data_config(path=str(damaged)), rank=0, world_size=1)
+    assert [video_of(clip) for batch in loader for clip in batch] == [0, 1]
+    assert loader.num_skipped == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_dataset_of_useless_videos_ends_the_run_in_one_line(data_config, train_loader, num_workers):
+    loader = train_loader(data_config(num_frames=33, num_workers=num_workers))
+    with pytest.raises(ConfigError) as error:
+        take(loader, 1)
+    assert "\n" not in str(error.value)
+    assert "holds no usable video among 100 in a row, train/shard-" in str(error.value)
+    assert str(error.value).endswith("it has 20 frames, 33 are needed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "mend"),
+    [
+        ({"num_workers": 6}, 2, "2 ranks x 6 workers need at least one each: set data.num_workers to 5,"),
+        ({"num_streams": 12}, 2, "2 ranks x 6 workers need at least one each: set data.num_streams to 10,"),
+        ({"num_workers": 0}, 11, "11 ranks x 1 workers need at least one each: use fewer ranks,"),
+    ],
+)
+def test_fewer_samples_than_streams_are_refused_at_once(data_config, changes, world_size, mend):
+    with pytest.raises(ConfigError, match=f"split train holds 10 samples, but {mend}"):
+        TrainLoader(data_config(**changes), seed=0, rank=0, world_size=world_size)
+
+
+def test_streams_are_divided_over_the_ranks(data_config, train_loader):
+    assert train_loader(data_config(num_streams=4, num_workers=9), world_size=2).layout.workers_per_rank == 2
+
+
+# validation
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (7, 0), (2, 2)])
+def test_validation_yields_each_sample_once_over_all_ranks_and_the_same_each_time(data_config, world_size, num_workers):
+    seen = []
+    for rank in range(world_size):
+        loader = ValidationLoader(data_config(), rank=rank, world_size=world_size, num_workers=num_workers)
+        batches = list(loader)
+        assert equal(list(loader), batches)
+        seen += [video_of(clip) for batch in batches for clip in batch]
+    assert sorted(seen) == list(range(NUM_TRAIN, NUM_TRAIN + NUM_VAL))
+
+
+def test_validation_takes_the_middle_and_a_smaller_last_batch(data_config):
+    batches = list(ValidationLoader(data_config(), rank=0, world_size=1))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    clip = batches[0][0]
+    assert start_of(clip) == (NUM_FRAMES - 9) // 2
+    assert clip[2, 0, :, 0].float().mean().item() == pytest.approx(16 * 255 / 64, abs=6)
+
+
+def test_limit_takes_the_first_batches(data_config):
+    every = list(ValidationLoader(data_config(), rank=0, world_size=1))
+    loader = ValidationLoader(data_config(), rank=0, world_size=1, limit_batches=2)
+    assert equal(list(loader), every[:2])
+    assert equal(list(loader), every[:2])
+
+
+def test_abandoned_validation_does_not_change_the_next(data_config):
+    loader = ValidationLoader(data_config(), rank=0, world_size=1)
+    first = take(loader, 1)
+    assert equal(take(loader, 1), first)
+
+
+# other datasets
+
+
+def test_crude_dataset_gives_the_same_clips(data_config, train_loader, dataset, tmp_path):
+    expected = take(train_loader(data_config()), 4)
+    shutil.copytree(dataset, tmp_path / "crude")
+    (tmp_path / "crude/.nv-meta/dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+    assert equal(take(train_loader(data_config(path=str(tmp_path / "crude"))), 4), expected)
+
+
+def test_blend_of_datasets_is_read(data_config, train_loader, dataset, videos, tmp_path):
+    for part in ("train", "val"):
+        pack([videos / "val" / ("10.mp4" if part == "train" else "11.mp4")], tmp_path / "more" / part)
+    prepare(tmp_path / "more", num_workers=1)
+    sources = {"train": (dataset, tmp_path / "more"), "val": (tmp_path / "more",)}
+    splits = {
+        part: {"blend": [{"weight": 1, "path": str(path), "split_part": part} for path in paths]}
+        for part, paths in sources.items()
+    }
+    blend = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
+    (tmp_path / "blend.yaml").write_text(yaml.safe_dump(blend))
+    config = data_config(path=str(tmp_path / "blend.yaml"))
+    clips = torch.cat(take(train_loader(config), 20))
+    assert Counter(video_of(clip) for clip in clips)[10] > 10
+    assert [video_of(clip) for batch in ValidationLoader(config, rank=0, world_size=1) for clip in batch] == [11]
+
+
+# workers
+
+
+def workers_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+SIGNALLED_RANK = """
+import os, signal, sys, time
+from itertools import islice
+from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.data.loader import TrainLoader
+
+caught = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, frame: (caught.append(number), print("caught", os.getpid(), flush=True)))
+config = DataConfig(path=sys.argv[1], num_frames=9, crop_size=32, num_workers=2, shuffle_buffer_size=4)
+loader = TrainLoader(config, seed=7, rank=0, world_size=1)
+batches = iter(loader)
+next(batches)
+print("ready", flush=True)
+while len(caught) < 4:
+    time.sleep(0.02)
+for _ in range(20):  # more than the workers can have had in store
+    next(batches)
+loader.state()
+print("went on", flush=True)
+if sys.argv[2] == "wait":
+    time.sleep(60)
+"""
+
+
+def start_signalled_rank(dataset: Path, then: str) -> tuple[subprocess.Popen, list[int]]:
+    rank = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED_RANK, str(dataset), then],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert rank.stdout.readline() == "ready\n"
+    workers = workers_of(rank.pid)
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.killpg(rank.pid, number)
+        assert rank.stdout.readline() == f"caught {rank.pid}\n"  # the rank, and no worker
+    assert rank.stdout.readline() == "went on\n"
+    return rank, workers
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_signals_to_the_whole_group_reach_the_rank_alone_which_ends_its_workers(dataset):
+    rank, workers = start_signalled_rank(dataset, "leave")
+    assert rank.wait(timeout=20) == 0
+    assert gone(workers, within_s=1)
+
+
+def test_workers_die_with_a_killed_rank(dataset):
+    rank, workers = start_signalled_rank(dataset, "wait")
+    rank.kill()
+    rank.wait()
+    assert gone(workers, within_s=5)
+
+
+def test_close_ends_the_workers_soon(data_config, train_loader):
+    loader = train_loader(data_config(num_workers=2))
+    before = set(workers_of(os.getpid()))
+    take(loader, 1)
+    workers = set(workers_of(os.getpid())) - before
+    assert len(workers) == 2
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 4
+    assert gone(list(workers), within_s=1)
