@@ -15,11 +15,11 @@ from markupsafe import Markup
 from cosmos_hpc import __version__
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import ExperimentFolder, write_atomically
+from cosmos_hpc.config.run_state import AttemptRecord
 from cosmos_hpc.report.curves import Style, loss_curves, psnr_curves, run_style
 from cosmos_hpc.report.pictures import PictureRows, before_and_after
 from cosmos_hpc.report.run_data import (
     FINAL_STEPS,
-    AttemptRecord,
     RunRecord,
     best_run,
     differing_settings,
@@ -177,9 +177,7 @@ def _render(name: str, records: Sequence[RunRecord], pictures: PictureRows) -> s
         choices_of={record.name: _choices(record, differing) for record in records},
         runs=[_run_row(index, record, differing, record is best) for index, record in enumerate(records)],
         final_steps=FINAL_STEPS,
-        failures=[
-            (record.name, record.attempts[-1]) for record in records if record.status == "failed" and record.attempts
-        ],
+        failures=[(record.name, record.failure) for record in records if record.failure],
         settings=[
             _setting_row(setting, [settings[setting] for settings in all_settings]) for setting in all_settings[0]
         ],
@@ -221,8 +219,8 @@ def _setting_row(name: str, values: Sequence[Any]) -> SettingRow:
 
 
 def _written_attempt(attempt: AttemptRecord) -> str:
-    ending = attempt.outcome or ("running" if attempt.ended is None else "ended without a word")
-    return f"{attempt.number}: {ending}" + ("" if attempt.step is None else f" at step {attempt.step}")
+    ending = "running" if attempt.outcome is None else attempt.outcome.replace("_", " ")
+    return f"{attempt.attempt}: {ending}" + ("" if attempt.step is None else f" at step {attempt.step}")
 
 
 def _started(records: Sequence[RunRecord]) -> str | None:

@@ -10,12 +10,19 @@ from typing import Any
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import known_settings, read_run_config
-from cosmos_hpc.config.run_folder import RunFolder, read_json
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.run_state import AttemptRecord, RunState, Status
 from cosmos_hpc.config.schema import DataConfig, RunConfig
 from cosmos_hpc.data.dataset_index import split_sizes
 
 FINAL_STEPS = 10
 """Steps whose mean is called the final loss; a single step's loss is mostly the noise of its clips."""
+
+NOT_STARTED = "not started"
+"""Stands for the status of a run that no supervisor has taken up."""
+
+ENDINGS = (None, "finished", "failed", "cancelled")
+"""Outcomes of an attempt after which the run does not go on by itself; none: it is under way."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +46,6 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class AttemptRecord:
-    """One start of the run's ranks and how it ended."""
-
-    number: int
-    """Counted from 0."""
-
-    started: float
-    """Unix seconds."""
-
-    ended: float | None
-    """Unix seconds; none while it lives."""
-
-    outcome: str | None
-    """preempted, finished, failed or cancelled; none while it lives."""
-
-    step: int | None
-    """Its last step, where known."""
-
-    message: str | None
-    """Diagnosis of a failure."""
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """A run as its folder stood when it was read."""
 
@@ -72,7 +56,7 @@ class RunRecord:
     """Resolved settings."""
 
     status: str
-    """finished, running, waiting, failed, cancelled, or `not started`."""
+    """A `Status`, or NOT_STARTED."""
 
     attempts: tuple[AttemptRecord, ...]
     """In order of time."""
@@ -126,6 +110,11 @@ class RunRecord:
         return statistics.median(speeds) if speeds else None
 
     @property
+    def failure(self) -> AttemptRecord | None:
+        """The attempt that a failed run ended with."""
+        return self.attempts[-1] if self.status == Status.FAILED and self.attempts else None
+
+    @property
     def wall_time_s(self) -> float:
         """Seconds in attempts, waiting between them left out; one without an end lasts to the last sign of life."""
         return sum(
@@ -138,7 +127,7 @@ class RunRecord:
         """Steps at which one attempt stopped and the next went on, or is to go on."""
         pairs = zip(self.steps, self.steps[1:], strict=False)
         resumed = {before.step for before, after in pairs if before.attempt != after.attempt}
-        stopped = {attempt.step for attempt in self.attempts if attempt.outcome == "preempted"}
+        stopped = {attempt.step for attempt in self.attempts if attempt.outcome not in ENDINGS}
         return sorted(resumed | {step for step in stopped if step is not None and step <= self.last_step})
 
 
@@ -148,12 +137,12 @@ def read_run(folder: RunFolder) -> RunRecord:
     Raises:
         ConfigError: for settings of another form, or a malformed line of metrics.
     """
-    state = read_json(folder.state)
+    state = RunState.read(folder.state)
     return RunRecord(
         folder=folder,
         config=read_run_config(folder.config),
-        status=state.get("status", "not started"),
-        attempts=tuple(_attempt(written) for written in state.get("attempts", [])),
+        status=state.status.value if state else NOT_STARTED,
+        attempts=tuple(state.attempts) if state else (),
         steps=read_metrics(folder.metrics),
         last_sign_of_life=folder.metrics.stat().st_mtime if folder.metrics.exists() else None,
     )
@@ -219,14 +208,3 @@ def _step(line: str, place: str) -> StepRecord:
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{place}: no line of metrics ({error!r}): cut the file before it, or delete it") from None
-
-
-def _attempt(written: Mapping[str, Any]) -> AttemptRecord:
-    return AttemptRecord(
-        number=written["attempt"],
-        started=written["started"],
-        ended=written.get("ended"),
-        outcome=written.get("outcome"),
-        step=written.get("step"),
-        message=written.get("message"),
-    )

@@ -58,5 +58,5 @@ def test_clips_longer_than_every_video_are_refused_with_the_mend(dataset: Path, 
     config = run_config(dataset)
     folder = write_run(config)
     save_checkpoint(folder, grey_state(config), step=40)
-    with pytest.raises(ConfigError, match=r"no video of its split val has 17 frames.*set a smaller data.num_frames"):
-        evaluate([folder.path], dataclasses.replace(config.data, num_frames=17))
+    with pytest.raises(ConfigError, match=r"no video of its split val has 25 frames.*set a smaller data.num_frames"):
+        evaluate([folder.path], dataclasses.replace(config.data, num_frames=25))

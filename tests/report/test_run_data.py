@@ -63,17 +63,23 @@ def test_attempt_without_an_end_lasts_to_its_last_line_of_metrics(write_run: Wri
     assert read_run(folder).wall_time_s == 25.0
 
 
-def test_interruptions_are_the_steps_between_attempts_and_the_preemption_still_waiting(write_run: WriteRun) -> None:
+def test_interruptions_are_the_steps_between_attempts_and_the_stop_still_waiting(write_run: WriteRun) -> None:
     lines = [*step_lines(1, 20, attempt=0), *step_lines(21, 26, attempt=1), *step_lines(27, 30, attempt=2)]
     state = {
         "status": "waiting",
         "attempts": [
             attempt(0, 0.0, 1.0, "preempted", step=20),
             attempt(1, 2.0, 3.0, "failed"),  # died at an unknown step, resumed from 26
-            attempt(2, 4.0, 5.0, "preempted", step=30),
+            attempt(2, 4.0, 5.0, "time_limit", step=30),
         ],
     }
     assert read_run(write_run(run_config("d"), lines, state)).interruptions == [20, 26, 30]
+
+
+def test_failure_and_cancellation_are_no_interruptions(write_run: WriteRun) -> None:
+    for seed, outcome in enumerate(("failed", "cancelled")):
+        state = {"status": outcome, "attempts": [attempt(0, 0.0, 1.0, outcome, step=5)]}
+        assert read_run(write_run(run_config("d", seed=seed), step_lines(1, 5, 0), state)).interruptions == []
 
 
 def test_folder_with_settings_alone_is_a_run_that_has_not_started(write_run: WriteRun) -> None:
