@@ -65,6 +65,7 @@ class _Watch:
     def run(self) -> None:
         self._close_torn_attempt()
         self._become(Status.WAITING)
+        self._folder.pending_mark.unlink(missing_ok=True)
         if self._config.cluster.executor == "slurm":
             self._attempts()
             return

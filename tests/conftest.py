@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dataset")
     for split, count in (("train", 8), ("val", 4)):
         for index in range(count):
-            write_film(root / "videos" / split / f"film_{index}.mp4", seed=index + 100 * (split == "val"))
+            write_film(root / "videos" / split / f"{split}_{index}.mp4", seed=index + 100 * (split == "val"))
         pack([root / "videos" / split], root / "shards" / split, max_clips_per_shard=2)
     prepare(root / "shards")
     return root / "shards"
@@ -52,9 +52,9 @@ def quick_job(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) ->
 name: quick
 model: {{channels: 4}}
 data: {{path: {dataset}, num_frames: 9, crop_size: 32, micro_batch_size: 1, global_batch_size: 4, num_workers: 1}}
-trainer: {{max_steps: 12, devices: 2, precision: 32, val_check_interval: 6}}
+trainer: {{max_steps: 40, devices: 2, precision: 32, val_check_interval: 20}}
 optim: {{lr: 1e-3, warmup_steps: 4}}
-checkpoint: {{every_n_steps: 5}}
+checkpoint: {{every_n_steps: 15}}
 cluster: local
 """
     )

@@ -97,6 +97,11 @@ class RunFolder:
         """The checkpoint written after `step` optimizer steps."""
         return self.checkpoints / f"step_{step:08d}"
 
+    @property
+    def pending_mark(self) -> Path:
+        """Left by `submit`, taken away by the supervisor that starts."""
+        return self.path / "pending"
+
     def newest_checkpoint(self) -> Path | None:
         """The whole checkpoint of the latest step; none before the first save."""
         return max(self.checkpoints.glob("step_????????"), default=None)

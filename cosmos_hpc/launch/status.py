@@ -23,7 +23,8 @@ class RunStatus:
     """<experiment>/<index>-<hash>."""
 
     status: str
-    """A status of state.json; `pending` before a supervisor has started, `died` where it is gone without a word."""
+    """A status of state.json; `pending` until a supervisor starts, `died` where it is gone without a word, and
+    `unsupervised` for a run that torchrun's own line started."""
 
     step: int
     """Steps done."""
@@ -110,10 +111,11 @@ def find_runs(name: str, root: Path) -> list[RunFolder]:
 
 
 def _status(folder: RunFolder, state: RunState | None, *, is_local: bool) -> str:
-    lives = is_locked(folder.supervisor_lock)
-    if state is None:
+    if folder.pending_mark.exists():
         return "pending"
-    if is_local and not lives and state.status in (Status.RUNNING, Status.WAITING):
+    if state is None:
+        return "unsupervised"
+    if is_local and state.status in (Status.RUNNING, Status.WAITING) and not is_locked(folder.supervisor_lock):
         return "died"
     return state.status
 

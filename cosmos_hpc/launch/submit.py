@@ -89,6 +89,7 @@ def submit(
     for run in sent:
         lay_out(run.config, run.folder)
         run.folder.cancel_mark.unlink(missing_ok=True)
+        run.folder.pending_mark.touch()
     write_atomically(experiment.max_parallel, str(max_parallel or 1))
     _note(experiment, {"time": time.time(), "runs": [run.folder.label for run in sent]})
     jobs = _send([make_job(run.folder.path) for run in sent], sent[0].config, experiment, max_parallel)

@@ -1,0 +1,147 @@
+"""Real runs on two gloo ranks through submitit's local executor, with real signals."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cosmos_hpc.config.load import load_experiment
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder
+from cosmos_hpc.config.run_state import RunState
+from cosmos_hpc.config.sweep import expand
+from cosmos_hpc.job import Supervisor
+from cosmos_hpc.launch.local import children, is_locked
+from cosmos_hpc.launch.status import cancel, run_status
+from cosmos_hpc.launch.submit import place, submit
+
+LIMIT_S = 180
+
+
+def send(job: Path, *overrides: str) -> list[RunFolder]:
+    """Submit as the command does; the folders of the runs that were sent."""
+    experiment_file = load_experiment(job, overrides)
+    runs = [run.config for run in expand(experiment_file)]
+    experiment = ExperimentFolder(runs_folder() / runs[0].name)
+    placed = place(runs, experiment)
+    submit(placed, experiment, experiment_file.sweep.max_parallel, Supervisor)
+    return [run.folder for run in placed if run.is_sent]
+
+
+def wait_until(happened: Callable[[], bool], folder: RunFolder) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not happened():
+        assert time.monotonic() < deadline, (run_status(folder), words(folder))
+        time.sleep(0.02)
+
+
+def words(folder: RunFolder) -> str:
+    return "\n".join(log.read_text()[-2000:] for log in folder.path.glob("logs/*/*.log"))
+
+
+def wait_for_end(folder: RunFolder) -> None:
+    wait_until(lambda: run_status(folder).is_over and not is_locked(folder.supervisor_lock), folder)
+
+
+def wait_for_step(folder: RunFolder, step: int) -> None:
+    wait_until(lambda: run_status(folder).step >= step, folder)
+    assert not run_status(folder).is_over
+
+
+def metrics(folder: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+def losses(folder: RunFolder) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in metrics(folder) if "loss" in line]
+
+
+def outcomes(folder: RunFolder) -> list[str | None]:
+    return [attempt.outcome for attempt in RunState.read(folder.state).attempts]
+
+
+@pytest.fixture
+def unbroken(quick_job) -> RunFolder:
+    """The same run without a fault."""
+    (folder,) = send(quick_job, "name=unbroken")
+    wait_for_end(folder)
+    assert outcomes(folder) == ["finished"], words(folder)
+    return folder
+
+
+def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
+    assert [step for step, _ in losses(unbroken)] == list(range(1, 41))
+    assert metrics(unbroken)[0].keys() == {"step", "val_psnr", "attempt"}
+    assert [line["step"] for line in metrics(unbroken) if "val_psnr" in line] == [0, 20, 40]
+    assert metrics(unbroken)[-1]["val_psnr"] > metrics(unbroken)[0]["val_psnr"] + 3, "it did not learn"
+
+    (preempted,) = send(quick_job, "name=preempted")
+    wait_for_step(preempted, 3)
+    os.kill(RunState.read(preempted.state).pid, signal.SIGTERM)
+    wait_for_end(preempted)
+    assert outcomes(preempted) == ["preempted", "finished"], words(preempted)
+    saved_at = RunState.read(preempted.state).attempts[0].step
+    assert 3 <= saved_at < 40
+    assert losses(preempted) == losses(unbroken)
+
+    (killed,) = send(quick_job, "name=killed")
+    wait_for_step(killed, 18)
+    supervisor = RunState.read(killed.state).pid
+    launchers = children(supervisor)
+    ranks = [rank for launcher in launchers for rank in children(launcher)]
+    assert len(ranks) == 2
+    os.kill(supervisor, signal.SIGKILL)
+    wait_until(lambda: run_status(killed).status == "died", killed)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in ranks), killed)
+    (again,) = send(quick_job, "name=killed")
+    assert again == killed
+    wait_for_end(killed)
+    assert outcomes(killed) == ["supervisor killed", "finished"], words(killed)
+    assert losses(killed) == losses(unbroken)
+
+
+def test_a_cancelled_run_is_saved_and_goes_on_only_when_submitted_again(quick_job):
+    (folder,) = send(quick_job)
+    wait_for_step(folder, 2)
+    assert send(quick_job) == [], "a running run was sent twice"
+    assert cancel(folder)
+    wait_for_end(folder)
+    status = run_status(folder)
+    assert (status.status, outcomes(folder)) == ("cancelled", ["cancelled"]), words(folder)
+    assert folder.newest_checkpoint() == folder.checkpoint(status.step)
+
+    assert send(quick_job) == [folder]
+    wait_for_end(folder)
+    assert run_status(folder).status == "finished", words(folder)
+    assert [step for step, _ in losses(folder)] == list(range(1, 41))
+    assert send(quick_job) == [], "a finished run was sent again"
+    assert len(list(folder.checkpoints.glob("step_*"))) <= 3
+
+
+def test_a_run_that_can_not_start_is_failed_with_the_reason(quick_job, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "autoencoder.jit").write_bytes(b"no weights at all")
+    (folder,) = send(quick_job, f"model.jit_ckpt_pth={weights}")
+    wait_for_end(folder)
+    status = run_status(folder)
+    assert status.status == "failed"
+    assert str(weights) in status.message
+    assert folder.newest_checkpoint() is None
+
+
+def test_runs_of_a_sweep_share_the_places_that_max_parallel_gives(quick_job):
+    job = quick_job.with_name("sweep.yaml")
+    job.write_text(quick_job.read_text() + "sweep: {grid: {trainer.seed: [0, 1]}, max_parallel: 1}\n")
+    folders = send(job, "trainer.max_steps=6")
+    first, second = folders
+    wait_until(lambda: "waiting" in {run_status(folder).status for folder in folders}, first)
+    for folder in folders:
+        wait_for_end(folder)
+        assert run_status(folder).status == "finished", words(folder)
+    spans = sorted((a.started, a.ended) for f in folders for a in RunState.read(f.state).attempts)
+    assert spans[0][1] <= spans[1][0]
+    assert losses(first) != losses(second)

@@ -1,0 +1,64 @@
+"""What SLURM is told, read from the text that submitit would hand to sbatch and from the srun line."""
+
+from pathlib import Path
+
+from submitit.slurm.slurm import _make_sbatch_string
+
+from cosmos_hpc.config.load import load_experiment, resolve
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.launch.directives import directives
+from cosmos_hpc.launch.step import step_command, step_environment
+
+SIZE = ["data.path=/data/roads", "trainer.num_nodes=2", "trainer.devices=8", "data.global_batch_size=64"]
+
+
+def run(*overrides: str):
+    return resolve(load_experiment(None, ["cluster.executor=slurm", *SIZE, *overrides]), {})
+
+
+def sbatch_lines(options: dict) -> list[str]:
+    """The #SBATCH lines, made by submitit's own writer from its own names."""
+    slurm = {name.removeprefix("slurm_"): value for name, value in options.items()}
+    slurm["job_name"], slurm["time"] = slurm.pop("name"), slurm.pop("timeout_min")
+    slurm["ntasks_per_node"] = slurm.pop("tasks_per_node")
+    return [line for line in _make_sbatch_string("true", "folder", **slurm).splitlines() if line.startswith("#SBATCH")]
+
+
+def test_each_size_is_written_once_and_is_the_jobs_real_one():
+    options = directives(run())
+    options.pop("nodes"), options.pop("slurm_setup")
+    assert options["slurm_additional_parameters"] == {
+        "requeue": True, "nodes": 2, "ntasks_per_node": 8, "gpus_per_node": 8,
+    }  # fmt: skip
+    assert all("-" not in name for name in options["slurm_additional_parameters"])
+
+
+def test_profile_fields_become_sbatch_lines():
+    profile = ["cluster.partition=fast", "cluster.account=team", "cluster.time_limit_min=90", "cluster.grace_s=120"]
+    lines = sbatch_lines(directives(run(*profile, "cluster.directives={exclusive: true, mem: 0}"), max_parallel=2))
+    for expected in ("--partition=fast", "--account=team", "--time=90", "--signal=USR2@120", "--exclusive", "--mem=0"):
+        assert f"#SBATCH {expected}" in lines
+    assert "#SBATCH --requeue" in lines
+
+
+def test_srun_repeats_the_size_and_runs_one_task_a_gpu():
+    folder = RunFolder(Path("/runs/roads/000-abc"))
+    command = step_command(run("cluster.cpus_per_task=12"), folder, 3)
+    assert command[0] == "srun"
+    for flag in ("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"):
+        assert flag in command
+    assert command[-6:] == ["-m", "cosmos_hpc.train", "--run-folder", "/runs/roads/000-abc", "--attempt", "3"]
+
+
+def test_on_one_machine_the_elastic_launcher_starts_the_same_ranks():
+    command = step_command(run("cluster.executor=local"), RunFolder(Path("/r/000-a")), 0)
+    assert "torch.distributed.run" in command
+    assert "--nproc-per-node=8" in command
+    assert command[-6:] == ["-m", "cosmos_hpc.train", "--run-folder", "/r/000-a", "--attempt", "0"]
+
+
+def test_ranks_get_the_profiles_variables_and_where_to_meet():
+    environment = step_environment(run("cluster.environment.NCCL_DEBUG=INFO"), "node1", 20001)
+    assert (environment["NCCL_DEBUG"], environment["MASTER_ADDR"], environment["MASTER_PORT"]) == (
+        "INFO", "node1", "20001",
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""The map of the rooms in CONTRIBUTING.md, as a test: a room imports from the floors below it only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cosmos_hpc
+
+PACKAGE = Path(cosmos_hpc.__file__).parent
+FLOORS = {
+    "config": 0, "ranks": 0,
+    "data": 1, "tokenizer": 1, "launch": 1,
+    "training": 2,
+    "job": 3, "report": 3, "preflight": 3,
+    "tables": 4, "cli": 4, "train": 4, "quickstart": 4,
+}  # fmt: skip
+
+
+def imported_rooms(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return {name.split(".")[1] for name in names if name.startswith("cosmos_hpc.")}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_room_imports_from_the_floors_below_it_only(file):
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    above = {other for other in imported_rooms(file) - {room} if FLOORS[other] >= FLOORS[room] > 0}
+    same_top_floor = {other for other in above if FLOORS[other] == FLOORS[room] == 4}
+    assert above == same_top_floor, f"{room} is on floor {FLOORS[room]}"
+
+
+@pytest.mark.parametrize("verb", ["plan", "submit", "status", "cancel", "logs"])
+def test_verbs_of_the_login_node_import_no_torch(verb, quick_job):
+    arguments = {"plan": [str(quick_job)], "submit": [str(quick_job), "data.path=nowhere"], "status": []}
+    lines = [
+        "import sys",
+        "from cosmos_hpc.cli import main",
+        f"sys.argv = {['cosmos-hpc', verb, *arguments.get(verb, ['nothing'])]!r}",
+        "try: main()",
+        "except SystemExit: pass",
+        "assert 'torch' not in sys.modules, 'torch was imported'",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=quick_job.parent)
