@@ -51,9 +51,14 @@ def synthesise(x: Tensor) -> Tensor:
     return bands[0]
 
 
-def at_least_float32_under_autocast(x: Tensor) -> Tensor:
-    """The transform is cheap and its rounding would show in every pixel, so mixed precision leaves it in float32."""
-    return x.float() if torch.is_autocast_enabled(x.device.type) else x
+def float32_or_better(x: Tensor) -> Tensor:
+    """Lift bfloat16: the transform is cheap, and its rounding would show in every pixel."""
+    return x.float() if x.itemsize < 4 else x
+
+
+def result_like(x: Tensor, result: Tensor) -> Tensor:
+    """Round the result of `float32_or_better(x)` back, unless under autocast, which leaves it in float32."""
+    return result if torch.is_autocast_enabled(x.device.type) else result.type_as(x)
 
 
 class HaarFilters(nn.Module):
@@ -89,12 +94,11 @@ class HaarPatcher(HaarFilters):
         Returns:
             [B, 3 x patch_size^3, 1 + k, H / patch_size, W / patch_size], in B, T, H, W, C memory.
         """
-        clips = at_least_float32_under_autocast(clips)
         first = clips[:, :, :1].expand(-1, -1, self.patch_size - 1, -1, -1)
-        patches = torch.cat((first, clips), 2)
+        patches = float32_or_better(torch.cat((first, clips), 2))
         for _ in range(self.num_levels):
             patches = analyse(patches)
-        patches = patches * (self.tap**3 / GAIN_PER_LEVEL) ** self.num_levels
+        patches = result_like(clips, patches * (self.tap**3 / GAIN_PER_LEVEL) ** self.num_levels)
         return patches.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -110,7 +114,8 @@ class HaarUnpatcher(HaarFilters):
         Returns:
             [B, 3, 1 + (T' - 1) x patch_size, H' x patch_size, W' x patch_size].
         """
-        clips = at_least_float32_under_autocast(patches).contiguous()
+        clips = float32_or_better(patches).contiguous()
         for _ in range(self.num_levels):
             clips = synthesise(clips)
-        return clips[:, :, self.patch_size - 1 :] * (self.tap**3 * GAIN_PER_LEVEL) ** self.num_levels
+        clips = clips[:, :, self.patch_size - 1 :] * (self.tap**3 * GAIN_PER_LEVEL) ** self.num_levels
+        return result_like(patches, clips)

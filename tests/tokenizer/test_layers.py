@@ -1,0 +1,60 @@
+"""Each layer and its gradients, against recorded values in float64."""
+
+import pytest
+import torch
+from golden_vectors import error, load, set_recorded_weights
+from torch import nn
+
+from cosmos_hpc.tokenizer.architecture import Resampling
+from cosmos_hpc.tokenizer.layers import (
+    FrameNorm,
+    PointwiseConv,
+    ResidualBlock,
+    SpatialAttention,
+    SpatialConv,
+    TemporalAttention,
+    TemporalConv,
+)
+from cosmos_hpc.tokenizer.resampling import Downsample, Upsample
+
+RECORDED = load("unit_layers")
+BOTH, IN_SPACE, IN_TIME = Resampling(True, True), Resampling(True, False), Resampling(False, True)
+LAYERS = {
+    "conv_t3": lambda: TemporalConv(4, 5),
+    "conv_s3": lambda: SpatialConv(4, 5),
+    "conv_1": lambda: PointwiseConv(4, 5),
+    "norm": lambda: FrameNorm(8),
+    "resblock_8_12": lambda: ResidualBlock(8, 12),
+    "resblock_8_8": lambda: ResidualBlock(8, 8),
+    "attn_spatial": lambda: SpatialAttention(16),
+    "attn_temporal": lambda: TemporalAttention(16),
+    "attn_factorised": lambda: nn.Sequential(SpatialAttention(16), TemporalAttention(16)),
+    **{
+        f"{way}_{name}_T{frames}": lambda layer=layer, resampling=resampling: layer(6, resampling)
+        for way, layer in (("down", Downsample), ("up", Upsample))
+        for name, resampling in (("both", BOTH), ("spatial", IN_SPACE), ("temporal", IN_TIME))
+        for frames in (1, 3)
+    },
+}
+
+
+def test_every_recorded_layer_is_checked():
+    assert LAYERS.keys() == {key.split("/")[0] for key in RECORDED}
+
+
+@pytest.mark.parametrize("tag", LAYERS)
+def test_layer_and_its_gradients_are_as_recorded(tag):
+    layer = LAYERS[tag]().double()
+    set_recorded_weights(layer, prefix=f"unit.{tag}.")
+    x = torch.from_numpy(RECORDED[f"{tag}/in"]).requires_grad_()
+    y = layer(x)
+    assert error(y, RECORDED[f"{tag}/out"]) < 1e-12
+    (y * torch.from_numpy(RECORDED[f"{tag}/gout"])).sum().backward()
+    assert error(x.grad, RECORDED[f"{tag}/gin"]) < 1e-12
+    names = {key.removeprefix(f"{tag}/grad/") for key in RECORDED if key.startswith(f"{tag}/grad/")}
+    assert names == {name for name, _ in layer.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        largest = max(abs(RECORDED[f"{tag}/grad/{name}"]).max(), 1e-3)  # zero for the bias of k, which softmax ignores
+        assert error(parameter.grad / largest, RECORDED[f"{tag}/grad/{name}"] / largest) < 1e-12 or (
+            parameter.grad.abs().max() < 1e-12
+        )
