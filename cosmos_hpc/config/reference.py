@@ -1,0 +1,63 @@
+"""The table of settings in the README, read from the schema: `python -m cosmos_hpc.config.reference README.md`."""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from cosmos_hpc.config.schema import RunConfig, SweepConfig
+
+BEGIN, END = "<!-- settings: made by `make docs` -->", "<!-- end of settings -->"
+
+
+def settings_table() -> str:
+    """A Markdown table: dotted name, default, meaning; settings marked `*` don't name the run."""
+    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    rows += [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in _rows(RunConfig, "", is_neutral=False)]
+    rows += [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in _rows(SweepConfig, "sweep.", is_neutral=True)]
+    return "\n".join(rows)
+
+
+def update(readme: Path) -> None:
+    """Replace the table between the marks."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{settings_table()}\n{END}{after}")
+
+
+def _rows(schema: type, prefix: str, *, is_neutral: bool) -> Iterator[tuple[str, str, str]]:
+    meanings = _meanings(schema)
+    for item in dataclasses.fields(schema):
+        neutral = is_neutral or not item.metadata.get("identity", True)
+        if dataclasses.is_dataclass(item.type):
+            yield from _rows(typing.cast(type, item.type), f"{prefix}{item.name}.", is_neutral=neutral)
+        else:
+            star = " *" if neutral and not prefix.startswith("sweep") else ""
+            yield prefix + item.name, f"{_default(item)}{star}", meanings[item.name]
+
+
+def _default(item: "dataclasses.Field[object]") -> str:
+    value = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+    return "" if value is None or value in ((), {}) else f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def _meanings(schema: type) -> dict[str, str]:
+    """Field to the string below it."""
+    (definition,) = ast.parse(inspect.getsource(schema)).body
+    body = typing.cast(ast.ClassDef, definition).body
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+        and isinstance(below.value.value, str)
+    }
+
+
+if __name__ == "__main__":
+    update(Path(sys.argv[1]))
