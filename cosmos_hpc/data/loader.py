@@ -21,7 +21,7 @@ from cosmos_hpc.data.task_encoder import USELESS, ClipBatch, ClipTaskEncoder, Sk
 from cosmos_hpc.data.workers import WorkerContext
 
 SNAPSHOT_EVERY_S = 10.0
-"""A resume decodes again what a worker made since its last snapshot, at most this long."""
+"""A resume decodes again what a worker made since its last snapshot: about this long."""
 
 
 def to_unit_range(clips: Tensor) -> Tensor:

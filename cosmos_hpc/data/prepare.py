@@ -6,7 +6,7 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ def prepare(
         root: Folder with the shards, at any depth.
         split: Parts for train, val and test, where no folders decide; each part above 0 gets a shard at least.
         num_workers: Processes that read shards.
-        on_shard: Called with the number of indexed shards and of all of them.
+        on_shard: Called with the steps done and all steps: each shard is looked into, then indexed.
 
     Returns:
         Samples in train, val and test.
@@ -75,12 +75,15 @@ def prepare(
     """
     names = _shard_names(root)
     splits = _split_by_folder(root, names) or _split_by_ratio(root, names, split)
+    told = _Told(on_shard, 2 * len(names))
     shards = []
-    for done, name in enumerate(names, start=1):
+    for name in names:
         shards.append(_look_into(root, name))
-        on_shard(done, len(names))
-    if not _is_current(root, shards):
-        _index(root, names, num_workers)
+        told.one_more()
+    if _is_current(root, shards):
+        on_shard(told.total, told.total)
+    else:
+        _index(root, names, num_workers, told)
     if split_shards(root) != splits:
         write_atomically(
             root / META_FOLDER / "split.yaml", yaml.safe_dump({"split_parts": splits, "exclude": []}, sort_keys=False)
@@ -91,6 +94,25 @@ def prepare(
         if its_shards:
             _load_one(root, part)
     return split_sizes(root)
+
+
+class _Told:
+    """Counts steps and tells of each."""
+
+    def __init__(self, on_shard: Callable[[int, int], None], total: int) -> None:
+        self.on_shard = on_shard
+        self.total = total
+        self.done = 0
+
+    def one_more(self) -> None:
+        self.done += 1
+        self.on_shard(self.done, self.total)
+
+    def energon_progress(self, steps: Iterable[int], total: int) -> Iterator[int]:
+        """Energon takes one out of these after each shard."""
+        for step in steps:
+            self.one_more()
+            yield step
 
 
 def _shard_names(root: Path) -> list[str]:
@@ -179,7 +201,7 @@ def _indexed_end(tar: Path) -> int | None:
         return int(struct.unpack("<Q", file.read(8))[0])
 
 
-def _index(root: Path, names: list[str], num_workers: int) -> None:
+def _index(root: Path, names: list[str], num_workers: int, told: _Told) -> None:
     """Let Energon write its index; a kill in the middle leaves a dataset that is refused, not one half read."""
     meta = root / META_FOLDER
     for stale in (".info.json", ".info.yaml", "index.sqlite"):
@@ -193,6 +215,7 @@ def _index(root: Path, names: list[str], num_workers: int) -> None:
                 split_parts_ratio=[("train", 1.0)],
                 split_config=".split.partial.yaml",  # ours is written afterwards
                 shuffle_seed=None,
+                progress_fn=told.energon_progress,
                 workers=min(max(num_workers, 1), len(names)),
             )
     except SystemExit:

@@ -46,10 +46,13 @@ def test_smallest_part_still_gets_a_shard(shards):
     assert prepare(shards, split=(1, 99, 0), num_workers=1) == {"train": 2, "val": 8, "test": 0}
 
 
-def test_progress_is_told_shard_by_shard(shards):
+def test_progress_is_told_as_shards_are_looked_into_and_indexed(shards):
     told = []
     prepare(shards, num_workers=1, on_shard=lambda done, total: told.append((done, total)))
-    assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert told == [(step, 10) for step in range(1, 11)]
+    told.clear()
+    prepare(shards, num_workers=1, on_shard=lambda done, total: told.append((done, total)))
+    assert told == [*((step, 10) for step in range(1, 6)), (10, 10)]
 
 
 def test_second_time_changes_nothing(shards):
