@@ -3,12 +3,11 @@
 from cosmos_hpc.tokenizer.build import build_tokenizer
 from cosmos_hpc.tokenizer.continuous import Autoencoded, ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
-from cosmos_hpc.tokenizer.export import export, export_jit
 from cosmos_hpc.tokenizer.inference import EncodedVideo, Tokenizer
 from cosmos_hpc.tokenizer.losses import LossTerms, reconstruction_loss
 from cosmos_hpc.tokenizer.metrics import psnr
 from cosmos_hpc.tokenizer.starting import starting_tokenizer
-from cosmos_hpc.tokenizer.weights import load_tokenizer, load_weights
+from cosmos_hpc.tokenizer.weights import export, export_jit, load_tokenizer, load_weights
 
 __all__ = [
     "Autoencoded",

@@ -1,5 +1,6 @@
 """Finds and reads a network's tensors in every form in which they are handed around. Nothing read can run code."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     The former keeps the network under `model`, each name behind `network.`, among averaged copies and training state.
     """
+    with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+        if (entry := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"Bad CRC-32 for {entry}")
     content: Any = torch.load(path, map_location="cpu", weights_only=True)
     content = content.get("model", content)
     prefix = "network." if any(name.startswith("network.") for name in content) else ""

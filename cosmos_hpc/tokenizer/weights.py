@@ -1,4 +1,4 @@
-"""Weights into a network: strictly, so that a wrong file is refused rather than half used."""
+"""Weights into a network: strictly, so that a wrong file is refused rather than half used. And out of it again."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +13,10 @@ from cosmos_hpc.tokenizer.architecture import FSQ_LEVELS, NUM_LEVELS, Architectu
 from cosmos_hpc.tokenizer.build import build
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
+from cosmos_hpc.tokenizer.export import export, export_jit
 from cosmos_hpc.tokenizer.weight_files import read_weights
+
+__all__ = ["dead_tensors", "export", "export_jit", "load_tokenizer", "load_weights"]
 
 
 def load_weights(tokenizer: ContinuousTokenizer | DiscreteTokenizer, source: Path) -> None:

@@ -1,10 +1,14 @@
 """Small networks for the tests of the tokenizer."""
 
 import os
+import shutil
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from weight_parts import FORMS
 
 from cosmos_hpc.config.schema import ModelConfig
 from cosmos_hpc.tokenizer import ContinuousTokenizer, DiscreteTokenizer, starting_tokenizer
@@ -24,7 +28,32 @@ def _one_thread():
         os.environ["OMP_NUM_THREADS"] = setting
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Callable[[str], ContinuousTokenizer | DiscreteTokenizer]:
     """A fresh network by its name, such as CV8x8x8, of width 4."""
     return lambda name: starting_tokenizer(ModelConfig(model=name, channels=4), seed=0)
+
+
+@pytest.fixture(scope="session")
+def _written(small, tmp_path_factory) -> Callable[[str, str], Path]:
+    """Weights of the small network in one form; each is written once, since tracing takes seconds."""
+
+    @cache
+    def write(form: str, name: str) -> Path:
+        folder = tmp_path_factory.mktemp("weights")
+        FORMS[form](small(name), folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def weights_in(_written, tmp_path) -> Callable[[str, str], Path]:
+    """A folder with the weights of the small network by its name in a form of `weight_parts.FORMS`, open to damage."""
+
+    def copy(form: str, name: str) -> Path:
+        if "safetensors" in form:
+            pytest.importorskip("safetensors")
+        return Path(shutil.copytree(_written(form, name), tmp_path / "weights"))
+
+    return copy

@@ -1,0 +1,85 @@
+"""Weight files in every form, made the way their makers do."""
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from golden_vectors import FOLDER
+from torch import Tensor, nn
+
+from cosmos_hpc.tokenizer.traceable import traceable_modules
+
+
+def released(section: str) -> list[list[str]]:
+    """Fields (name, dtype, shape) of each tensor in one list of golden/state_dicts.txt, such as `CV8x8x8 decoder`."""
+    sections = (FOLDER / "state_dicts.txt").read_text().split("# ")
+    lines = next(text for text in sections if text.startswith(section + "\n")).splitlines()
+    return [line.split() for line in lines[1:]]
+
+
+def write_autoencoder(network: nn.Module, folder: Path) -> None:
+    save_trace(traceable_modules(network).autoencoder, torch.zeros(1, 3, 9, 32, 32), folder / "autoencoder.jit")
+
+
+def write_halves(network: nn.Module, folder: Path) -> None:
+    modules, clip = traceable_modules(network), torch.zeros(1, 3, 9, 32, 32)
+    latents = network.encode_indices(clip) if hasattr(network, "quantizer") else network.encode(clip)
+    save_trace(modules.encoder, clip, folder / "encoder.jit")
+    save_trace(modules.decoder, latents.detach(), folder / "decoder.jit")
+
+
+def write_training_state(network: nn.Module, folder: Path) -> None:
+    """As cosmos-predict1 saves: without constants, with averaged copies and the optimizer's state."""
+    parameters = dict(network.named_parameters())
+    model = {f"network.{name}": parameter.data for name, parameter in parameters.items()}
+    model |= {f"ema.network-{name.replace('.', '-')}": parameter.data * 0 for name, parameter in parameters.items()}
+    torch.save({"model": model, "optimizer": {"state": {0: torch.ones(3)}}, "iteration": 7}, folder / "model.pt")
+
+
+def write_state_dict(network: nn.Module, folder: Path) -> None:
+    torch.save(network.state_dict(), folder / "model.pt")
+
+
+def write_checkpoint(network: nn.Module, folder: Path) -> None:
+    state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    dcp.save({**state, "optimizer": {"step": torch.ones(3)}, "step": 40}, checkpoint_id=folder, no_dist=True)
+
+
+def write_run(network: nn.Module, folder: Path) -> None:
+    (folder / "config.yaml").write_text("{}")
+    write_checkpoint(nn.Module(), folder / "checkpoints" / "step_00000020")
+    write_checkpoint(network, folder / "checkpoints" / "step_00000040")
+
+
+def write_safetensors(network: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(network.state_dict(), folder / "model.safetensors")
+
+
+FORMS: dict[str, Callable[[nn.Module, Path], None]] = {
+    "autoencoder.jit": write_autoencoder,
+    "encoder.jit and decoder.jit": write_halves,
+    "model.pt of cosmos-predict1": write_training_state,
+    "model.pt with a state dict": write_state_dict,
+    "model.safetensors": write_safetensors,
+    "checkpoint": write_checkpoint,
+    "run": write_run,
+}
+
+
+def save_trace(module: nn.Module, example: Tensor, path: Path) -> None:
+    torch.jit.save(torch.jit.trace(module.eval(), example, check_trace=False), path)
+
+
+def without_program(jit_file: Path) -> None:
+    """Take the program out of a TorchScript file and leave its tensors."""
+    partial = jit_file.with_suffix(".partial")
+    with zipfile.ZipFile(jit_file) as old, zipfile.ZipFile(partial, "w") as new:
+        for name in old.namelist():
+            if "/code/" not in name:
+                new.writestr(name, old.read(name))
+    shutil.move(partial, jit_file)
