@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.tokenizer.checkpoint_file import read_checkpoint_tensors
 from cosmos_hpc.tokenizer.jit_file import read_jit_tensors
 
 FORMS = "autoencoder.jit, encoder.jit and decoder.jit, model.safetensors or model.pt"
@@ -30,19 +29,26 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist: name a folder with {FORMS}, a run or a checkpoint")
     if (source / ".metadata").exists():
-        return _read(source, read_checkpoint_tensors)
+        return _read(source, read_checkpoint)
     if RunFolder(source).config.exists():
         checkpoint = RunFolder(source).newest_checkpoint()
         if checkpoint is None:
             raise ConfigError(
                 f"{source} is a run without a checkpoint yet: wait for its first one, or name other weights"
             )
-        return _read(checkpoint, read_checkpoint_tensors)
+        return _read(checkpoint, read_checkpoint)
     for names in (("autoencoder.jit",), ("encoder.jit", "decoder.jit"), ("model.safetensors",), ("model.pt",)):
         files = [source / name for name in names]
         if all(file.exists() for file in files):
             return {name: tensor for file in files for name, tensor in _read(file, _reader_of(file)).items()}
     raise ConfigError(f"{source} holds no weights: put {FORMS} there, or name a run or a checkpoint")
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The network's tensors of a training checkpoint."""
+    from cosmos_hpc.tokenizer.checkpoint_file import read_checkpoint_tensors  # takes two seconds to import
+
+    return read_checkpoint_tensors(folder)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weight_parts import FORMS, released, save_trace, without_program, write_checkpoint, write_run
+from weight_parts import FORMS, released, save_trace, without_program, write_checkpoint
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import ModelConfig
@@ -141,12 +141,6 @@ def test_rounded_taps_of_a_bfloat16_file_set_the_filters(small, tmp_path):
     network = load_tokenizer(save(tensors, tmp_path))
     assert network.encoder.patcher3d.tap == network.decoder.unpatcher3d.tap == 0.70703125
     assert network.encoder.patcher3d.wavelets.dtype == torch.float32
-
-
-def test_newest_checkpoint_of_a_run_is_taken(small, tmp_path):
-    write_run(small("CV8x8x8"), tmp_path)
-    assert equal(load_tokenizer(tmp_path), small("CV8x8x8"))
-    assert equal(load_tokenizer(tmp_path / "checkpoints" / "step_00000040"), small("CV8x8x8"))
 
 
 def test_places_without_weights_say_what_to_name(tmp_path):

@@ -10,25 +10,12 @@ import torch.distributed.checkpoint as dcp
 from golden_vectors import FOLDER
 from torch import Tensor, nn
 
-from cosmos_hpc.tokenizer.traceable import traceable_modules
-
 
 def released(section: str) -> list[list[str]]:
     """Fields (name, dtype, shape) of each tensor in one list of golden/state_dicts.txt, such as `CV8x8x8 decoder`."""
     sections = (FOLDER / "state_dicts.txt").read_text().split("# ")
     lines = next(text for text in sections if text.startswith(section + "\n")).splitlines()
     return [line.split() for line in lines[1:]]
-
-
-def write_autoencoder(network: nn.Module, folder: Path) -> None:
-    save_trace(traceable_modules(network).autoencoder, torch.zeros(1, 3, 9, 32, 32), folder / "autoencoder.jit")
-
-
-def write_halves(network: nn.Module, folder: Path) -> None:
-    modules, clip = traceable_modules(network), torch.zeros(1, 3, 9, 32, 32)
-    latents = network.encode_indices(clip) if hasattr(network, "quantizer") else network.encode(clip)
-    save_trace(modules.encoder, clip, folder / "encoder.jit")
-    save_trace(modules.decoder, latents.detach(), folder / "decoder.jit")
 
 
 def write_training_state(network: nn.Module, folder: Path) -> None:
@@ -60,15 +47,21 @@ def write_safetensors(network: nn.Module, folder: Path) -> None:
     save_file(network.state_dict(), folder / "model.safetensors")
 
 
-FORMS: dict[str, Callable[[nn.Module, Path], None]] = {
-    "autoencoder.jit": write_autoencoder,
-    "encoder.jit and decoder.jit": write_halves,
+JIT_FORMS = {
+    "autoencoder.jit": ["autoencoder.jit"],
+    "encoder.jit and decoder.jit": ["encoder.jit", "decoder.jit"],
+}
+"""Files of an export that make each form."""
+
+WRITERS: dict[str, Callable[[nn.Module, Path], None]] = {
     "model.pt of cosmos-predict1": write_training_state,
     "model.pt with a state dict": write_state_dict,
     "model.safetensors": write_safetensors,
     "checkpoint": write_checkpoint,
     "run": write_run,
 }
+
+FORMS = [*JIT_FORMS, *WRITERS]
 
 
 def save_trace(module: nn.Module, example: Tensor, path: Path) -> None:

@@ -1,0 +1,129 @@
+"""What is exported loads elsewhere, computes the same, and appears under its name whole or not at all."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from weight_parts import released
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.tokenizer import export, load_tokenizer
+
+KINDS = ["CV8x8x8", "DV8x16x16"]
+FILES = ("autoencoder", "encoder", "decoder")
+
+
+def load(folder: Path) -> list[torch.jit.ScriptModule]:
+    return [torch.jit.load(folder / f"{name}.jit") for name in FILES]
+
+
+def is_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((found - expected).abs().max() < tolerance * expected.abs().max())
+
+
+@pytest.fixture(autouse=True)
+def _simple_executor():
+    """TorchScript else studies the first runs of each graph for seconds."""
+    with torch.jit.optimized_execution(False), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_hold_the_released_names_in_their_order(exported, kind):
+    assert sorted(path.name for path in exported(kind).iterdir()) == sorted(f"{name}.jit" for name in FILES)
+    for name, module in zip(FILES, load(exported(kind)), strict=True):
+        assert list(module.state_dict()) == [fields[0] for fields in released(f"{kind} {name}")]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 16, 48), (1, 3, 9, 32, 32), (2, 3, 17, 48, 16)], ids=str)
+def test_continuous_files_take_and_return_what_the_released_ones_do(small, exported, shape):
+    network, clips = small("CV8x8x8"), torch.rand(shape) * 2 - 1
+    expected = network(clips)
+    autoencoder, encoder, decoder = load(exported("CV8x8x8"))
+    reconstructions, posterior, latents = autoencoder(clips)
+    assert is_near(reconstructions, expected.reconstructions)
+    assert is_near(latents, expected.latents)
+    latents, same_posterior = encoder(clips)
+    assert is_near(latents, expected.latents)
+    assert [zero.tolist() for zero in (*posterior, *same_posterior)] == [[0.0]] * 4
+    assert is_near(decoder(expected.latents), expected.reconstructions)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 16, 48), (1, 3, 9, 32, 32), (2, 3, 17, 48, 16)], ids=str)
+def test_discrete_files_take_and_return_what_the_released_ones_do(small, exported, shape):
+    network, clips = small("DV8x16x16"), torch.rand(shape) * 2 - 1
+    expected, expected_indices = network(clips), network.encode_indices(clips)
+    autoencoder, encoder, decoder = load(exported("DV8x16x16"))
+    reconstructions, loss, indices = autoencoder(clips)
+    assert is_near(reconstructions, expected.reconstructions)
+    assert loss.equal(torch.zeros(shape[0], 1, 1, 1, shape[4] // 16))
+    assert indices.equal(expected_indices)
+    indices, codes, loss = encoder(clips)
+    assert indices.equal(expected_indices)
+    assert codes.equal(expected.latents)
+    assert loss.shape == (shape[0], 1, 1, 1, shape[4] // 16)
+    assert is_near(decoder(expected_indices.long()), expected.reconstructions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_file_serves_every_precision(small, exported, kind):
+    clips = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    autoencoder = torch.jit.load(exported(kind) / "autoencoder.jit")
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.05)):
+        network = small(kind).to(dtype)
+        reconstructions = autoencoder.to(dtype)(clips.to(dtype))[0]
+        assert reconstructions.dtype == dtype
+        assert is_near(reconstructions, network(clips.to(dtype)).reconstructions, tolerance)
+
+
+def test_bfloat16_export_holds_the_released_dtypes(small, tmp_path):
+    export(small("CV8x8x8"), tmp_path, "jit", torch.bfloat16)
+    for name, module in zip(FILES, load(tmp_path), strict=True):
+        dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in module.state_dict().items()}
+        assert list(dtypes.items()) == [(fields[0], fields[1]) for fields in released(f"CV8x8x8 {name}")]
+    again = load_tokenizer(tmp_path)
+    assert again.encoder.patcher3d.tap == 0.70703125  # rounded with the weights
+
+
+@pytest.mark.parametrize(("kind", "form"), [("CV8x8x8", "pt"), ("DV8x16x16", "safetensors")])
+def test_export_and_import_bring_back_every_bit(small, tmp_path, kind, form):
+    if form == "safetensors":
+        pytest.importorskip("safetensors")
+    files = export(small(kind), tmp_path, form)
+    assert [path.name for path in tmp_path.iterdir()] == [f"model.{form}"] == [path.name for path in files]
+    expected, found = small(kind).state_dict(), load_tokenizer(tmp_path).state_dict()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_export_that_computes_something_else_gets_no_name(small, tmp_path):
+    network = small("CV8x8x8")
+    taps = {name: torch.full((2,), 0.69) for name in network.state_dict() if name.endswith("wavelets")}
+    network.load_state_dict({**network.state_dict(), **taps})
+    with pytest.raises(ConfigError, match=r"its check failed: model\.pt, encoded differs by .* of the largest"):
+        export(network, tmp_path, "pt")  # this form has no place for taps
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_form_names_the_known_ones(small, tmp_path):
+    with pytest.raises(ConfigError, match="'onnx' is no form to export to: take jit, pt, safetensors"):
+        export(small("CV8x8x8"), tmp_path, "onnx")
+
+
+def test_killed_export_leaves_nothing_under_the_final_names(tmp_path):
+    program = (
+        "from pathlib import Path; from cosmos_hpc.config.schema import ModelConfig;"
+        "from cosmos_hpc.tokenizer import build_tokenizer, export_jit;"
+        f"export_jit(build_tokenizer(ModelConfig(model='CV8x8x8', channels=4)), Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".export-*/files/decoder.jit")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob(".export-*/files/*.jit"))
+    assert list(tmp_path.glob("*.jit")) == []
