@@ -6,7 +6,9 @@ import signal
 import threading
 from multiprocessing.context import ForkContext, ForkProcess
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+LARGE_BYTES = 128 * 1024
 
 
 class WorkerProcess(ForkProcess):
@@ -28,12 +30,15 @@ class WorkerProcess(ForkProcess):
 
     def run(self) -> None:
         """In the worker: end with the rank, ignore what is meant for it, then work."""
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.rank_pid:  # it died before the line above
             os._exit(1)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(threshold, LARGE_BYTES)  # frames go back to the system: 220 MiB flat, not 270 to 350 in holes
         threading.Thread(target=self._obey, daemon=True).start()
         super().run()
 

@@ -189,7 +189,7 @@ def test_another_process_stops_and_this_one_goes_on(data_config, train_loader, t
     assert equal(its_clips + take(loader, 7), unbroken)
 
 
-@pytest.mark.parametrize(("num_workers", "draw"), [(0, 0), (0, 1), (0, 2), (1, 0), (3, 1)])
+@pytest.mark.parametrize(("num_workers", "draw"), [(0, 0), (0, 1), (0, 2), (3, 1)])
 def test_run_interrupted_at_random_points_gives_the_clips_of_an_unbroken_one(
     data_config, train_loader, num_workers, draw
 ):
@@ -199,14 +199,14 @@ def test_run_interrupted_at_random_points_gives_the_clips_of_an_unbroken_one(
         micro_batch_size=chance.choice([1, 2, 3]),
         shuffle_buffer_size=chance.choice([1, 3, 30]),
     )
-    unbroken = take(train_loader(config, seed=draw), 30)
+    unbroken = take(train_loader(config, seed=draw), 24)
     pieces: list[torch.Tensor] = []
     state = None
-    while len(pieces) < 30:
+    while len(pieces) < 24:
         loader = train_loader(config, seed=draw)
         if state is not None:
             loader.restore(pickle.loads(state))
-        pieces += take(loader, min(chance.randrange(0, 16), 30 - len(pieces)))
+        pieces += take(loader, min(chance.randrange(0, 12), 24 - len(pieces)))
         state = pickle.dumps(loader.state())
         loader.close()
     assert equal(pieces, unbroken)
