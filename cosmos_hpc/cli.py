@@ -69,7 +69,7 @@ def pack(
     from cosmos_hpc.data.pack import pack as pack_videos
 
     with _progress() as progress:
-        task = progress.add_task("pack", total=len(find_videos(sources)), note="")
+        task = progress.add_task("pack", total=len(find_videos(sources)))
         summary = pack_videos(
             sources,
             out,
@@ -97,7 +97,7 @@ def prepare(
     from cosmos_hpc.data.prepare import prepare as prepare_dataset
 
     with _progress() as progress:
-        task = progress.add_task("prepare", total=None, note="")
+        task = progress.add_task("prepare", total=None)
         counts = prepare_dataset(
             root,
             split=_shares(split),
@@ -203,7 +203,7 @@ def evaluate(
 
     settings = DataConfig(path=str(data), num_frames=num_frames, crop_size=crop_size, num_workers=0)
     with _progress() as progress:
-        task = progress.add_task("evaluate", total=None, note="")
+        task = progress.add_task("evaluate", total=None)
         rows = evaluate_weights(
             [_weights(source) for source in sources], settings, on_batch=lambda: progress.advance(task)
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ def cut_films(out: Path) -> None:
         for film in FILMS:
             source = _find_film(film.name)
             cuts = dict(_cuts(film, probe(source).frames))
-            task = progress.add_task(film.name, total=len(cuts), note="")
+            task = progress.add_task(film.name, total=len(cuts))
             wanted = {start: out / split / f"{source.stem}_{start:03d}.mp4" for start, split in cuts.items()}
             if not all(path.exists() for path in wanted.values()):
                 _write_cuts(source, wanted)
@@ -116,10 +117,13 @@ def _write_cuts(source: Path, wanted: dict[int, Path]) -> None:
 
 
 def _make_dataset(out: Path) -> None:
-    for split in ("train", "val"):
-        pack([out / "videos" / split], out / "dataset" / split, max_clips_per_shard=4)
-    counts = prepare(out / "dataset")
-    print(f"{counts['train']} training and {counts['val']} validation videos in {out / 'dataset'}")
+    dataset = out / "dataset"
+    if not (dataset / ".nv-meta").exists():
+        shutil.rmtree(dataset, ignore_errors=True)  # shards of a quickstart that was ended in the middle
+        for split in ("train", "val"):
+            pack([out / "videos" / split], dataset / split, max_clips_per_shard=4)
+    counts = prepare(dataset)
+    print(f"{counts['train']} training and {counts['val']} validation videos in {dataset}")
 
 
 def _plan(out: Path, name: str, *overrides: str) -> list[PlannedRun]:
@@ -175,7 +179,7 @@ def _use(out: Path, config: RunConfig, folders: Sequence[RunFolder]) -> None:
     from cosmos_hpc.tokenizer.weights import export_jit, load_tokenizer
 
     with progress_bar() as progress:
-        task = progress.add_task("evaluate", total=None, note="")
+        task = progress.add_task("evaluate", total=None)
         rows = evaluate([folder.path for folder in folders], config.data, on_batch=lambda: progress.advance(task))
     print_evaluations(rows)
     best = folders[max(range(len(rows)), key=lambda index: rows[index].psnr_mean)]

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import typing
 from collections.abc import Iterator
@@ -15,10 +16,9 @@ BEGIN, END = "<!-- settings: made by `make docs` -->", "<!-- end of settings -->
 
 def settings_table() -> str:
     """A Markdown table: dotted name, default, meaning; settings marked `*` don't name the run."""
-    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    rows += [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in _rows(RunConfig, "", is_neutral=False)]
-    rows += [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in _rows(SweepConfig, "sweep.", is_neutral=True)]
-    return "\n".join(rows)
+    settings = [*_rows(RunConfig, "", is_neutral=False), *_rows(SweepConfig, "sweep.", is_neutral=True)]
+    rows = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in settings]
+    return "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *rows])
 
 
 def update(readme: Path) -> None:
@@ -50,7 +50,7 @@ def _meanings(schema: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, definition).body
     return {
         field.target.id: " ".join(below.value.value.split())
-        for field, below in zip(body, body[1:], strict=False)
+        for field, below in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(below, ast.Expr)

@@ -20,7 +20,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text so that a reader, or a kill at any instant, sees the old or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -29,7 +29,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no file yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @dataclass(frozen=True)

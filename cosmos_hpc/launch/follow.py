@@ -13,15 +13,16 @@ POLL_S = 0.5
 
 
 def progress_bar() -> Progress:
-    """The bar of every long command."""
+    """The bar of every long command; silent where standard error is no terminal."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=console,
+        disable=not console.is_terminal,
     )
 
 
@@ -53,12 +54,13 @@ def follow(
 
 def _watch(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStatus], None]) -> list[RunStatus]:
     with progress_bar() as progress:
-        tasks = [progress.add_task(folder.label, total=None, note="") for folder in folders]
+        tasks = [progress.add_task(folder.label, total=None) for folder in folders]
         while True:
             found = [run_status(folder) for folder in folders]
             for folder, task, status in zip(folders, tasks, found, strict=True):
-                loss = "" if status.loss is None else f" loss {status.loss:.4f}"
-                progress.update(task, completed=status.step, total=status.max_steps, note=f"{status.status}{loss}")
+                loss = "" if status.loss is None else f", loss {status.loss:.4f}"
+                what = f"{folder.label} {status.status}{loss}"
+                progress.update(task, completed=status.step, total=status.max_steps, description=what)
                 on_status(folder, status)
             if all(status.is_over for status in found):
                 return found

@@ -59,6 +59,16 @@ def losses(folder: RunFolder) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in metrics(folder) if "loss" in line]
 
 
+def descendants(pid: int) -> list[int]:
+    found = children(pid)
+    return found + [below for child in found for below in descendants(child)]
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def outcomes(folder: RunFolder) -> list[str | None]:
     return [attempt.outcome for attempt in RunState.read(folder.state).attempts]
 
@@ -90,12 +100,11 @@ def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     (killed,) = send(quick_job, "name=killed")
     wait_for_step(killed, 18)
     supervisor = RunState.read(killed.state).pid
-    launchers = children(supervisor)
-    ranks = [rank for launcher in launchers for rank in children(launcher)]
-    assert len(ranks) == 2
+    processes = descendants(supervisor)
+    assert len(processes) >= 1 + 2 + 2, "launcher, ranks and their workers"
     os.kill(supervisor, signal.SIGKILL)
     wait_until(lambda: run_status(killed).status == "died", killed)
-    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in ranks), killed)
+    wait_until(lambda: not any(is_alive(pid) for pid in processes), killed)
     (again,) = send(quick_job, "name=killed")
     assert again == killed
     wait_for_end(killed)

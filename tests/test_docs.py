@@ -1,0 +1,40 @@
+"""The README says what the code does."""
+
+import re
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from cosmos_hpc.cli import app
+from cosmos_hpc.config.reference import BEGIN, END, settings_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_settings_is_the_schemas():
+    table = README.partition(BEGIN)[2].partition(END)[0].strip()
+    assert table == settings_table(), "run `make docs`"
+
+
+def test_every_setting_has_its_meaning_on_the_line_below_it():
+    rows = [line.split("|") for line in settings_table().splitlines()[2:]]
+    assert len(rows) > 40
+    assert all(len(row[3].strip()) > 10 for row in rows)
+
+
+def test_every_command_of_the_readme_exists_and_every_command_is_in_the_readme():
+    said = set(re.findall(r"^cosmos-hpc ([a-z]+)", README, flags=re.MULTILINE))
+    there = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert said == there - {"quickstart"}
+    for verb in sorted(there):
+        result = CliRunner().invoke(app, [verb, "--help"])
+        assert result.exit_code == 0, result.output
+
+
+def test_each_example_opens_with_what_names_it():
+    for file in sorted(ROOT.glob("jobs/*.yaml")):
+        assert file.read_text().startswith("# cosmos-hpc "), file
+    for group, folder in (("cluster", "slurm"), ("container", "enroot")):
+        for file in sorted(ROOT.glob(f"{folder}/*.yaml")):
+            assert file.read_text().startswith(f"# {group}: "), file
