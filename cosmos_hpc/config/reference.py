@@ -39,8 +39,9 @@ def _rows(schema: type, prefix: str, *, is_neutral: bool) -> Iterator[tuple[str,
             yield prefix + item.name, f"{_default(item)}{star}", meanings[item.name]
 
 
-def _default(item: "dataclasses.Field[object]") -> str:
-    value = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+def _default(item: "dataclasses.Field[typing.Any]") -> str:
+    made = item.default_factory
+    value = item.default if made is dataclasses.MISSING else made()
     return "" if value is None or value in ((), {}) else f"`{list(value) if isinstance(value, tuple) else value}`"
 
 

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.transformer.utils import sharded_state_dict_default
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder, read_json
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.ranks import die_with_parent
+from cosmos_hpc.training.lean_import import lean_import
 from cosmos_hpc.training.parallel import Groups, cuda_calls_on
+
+with lean_import():
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.transformer.utils import sharded_state_dict_default
 
 if TYPE_CHECKING:
     from cosmos_hpc.training.loop import TrainState

@@ -1,14 +1,12 @@
 """AdamW and the learning-rate schedule, by Megatron-Core."""
 
-import warnings
-
 import torch
 
 from cosmos_hpc.config.schema import OptimConfig
+from cosmos_hpc.training.lean_import import lean_import
 from cosmos_hpc.training.parallel import DistributedDataParallel, cuda_calls_on
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with lean_import():
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +14,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from cosmos_hpc.ranks import Rank
+from cosmos_hpc.training.lean_import import lean_import
 
-with warnings.catch_warnings():  # it announces at import that optional GPU kernels are missing
-    warnings.simplefilter("ignore")
+with lean_import():
     from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
