@@ -37,7 +37,7 @@ def write_checkpoint(network: nn.Module, folder: Path) -> None:
 
 def write_run(network: nn.Module, folder: Path) -> None:
     (folder / "config.yaml").write_text("{}")
-    write_checkpoint(nn.Module(), folder / "checkpoints" / "step_00000020")
+    write_checkpoint(nn.Module(), folder / "checkpoints" / "step_00000020")  # older, and not the network
     write_checkpoint(network, folder / "checkpoints" / "step_00000040")
 
 
