@@ -37,6 +37,15 @@ class ExportFormat(StrEnum):
     """Files that `export` writes."""
 
     JIT = "jit"
+    PT = "pt"
+    SAFETENSORS = "safetensors"
+
+
+class ExportDtype(StrEnum):
+    """Type of the exported weights; the released ones are bf16."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
 
 
 def main() -> None:
@@ -217,18 +226,25 @@ def evaluate(
 def export(
     source: Annotated[str, typer.Argument(help="Run (EXPERIMENT/RUN), checkpoint or folder of weights.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; exports/FORMAT in the run if left out.")] = None,
-    to: Annotated[ExportFormat, typer.Option(help="jit: encoder.jit, decoder.jit and autoencoder.jit.")] = (
-        ExportFormat.JIT
-    ),
+    to: Annotated[
+        ExportFormat, typer.Option(help="jit: encoder.jit, decoder.jit, autoencoder.jit; pt: model.pt; safetensors.")
+    ] = ExportFormat.JIT,
+    dtype: Annotated[ExportDtype, typer.Option(help="Type of the weights.")] = ExportDtype.FP32,
 ) -> None:
     """Write weights in the form of the released Cosmos tokenizers, verified before they get their name."""
-    from cosmos_hpc.config.run_folder import RunFolder
-    from cosmos_hpc.tokenizer.weights import export_jit, load_tokenizer
+    import torch
 
+    from cosmos_hpc.config.run_folder import RunFolder
+    from cosmos_hpc.ranks import set_up_logging
+    from cosmos_hpc.tokenizer.weights import export as export_weights
+    from cosmos_hpc.tokenizer.weights import load_tokenizer
+
+    set_up_logging()  # tells the difference that the check found
     weights = _weights(source)
     if out is None and not RunFolder(weights).config.exists():
         raise ConfigError(f"{source} is no run: say where to write with --out FOLDER")
-    for file in export_jit(load_tokenizer(weights), out or RunFolder(weights).exports / to):
+    torch_dtype = torch.bfloat16 if dtype is ExportDtype.BF16 else torch.float32
+    for file in export_weights(load_tokenizer(weights), out or RunFolder(weights).exports / to, to, torch_dtype):
         print(file)
 
 

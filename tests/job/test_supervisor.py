@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from cosmos_hpc.config.run_state import RunState
 from cosmos_hpc.config.sweep import expand
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.local import children, is_locked
-from cosmos_hpc.launch.status import cancel, run_status
+from cosmos_hpc.launch.status import run_status
 from cosmos_hpc.launch.submit import place, submit
 
 LIMIT_S = 180
@@ -112,13 +114,21 @@ def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     assert losses(killed) == losses(unbroken)
 
 
-def test_a_cancelled_run_is_saved_and_goes_on_only_when_submitted_again(quick_job):
-    (folder,) = send(quick_job)
+def test_ctrl_c_while_waiting_saves_and_submit_goes_on_from_there(quick_job):
+    command = [sys.executable, "-m", "cosmos_hpc.cli", "submit", str(quick_job), "--wait"]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    experiment = ExperimentFolder(runs_folder() / "quick")
+    while not experiment.runs():
+        time.sleep(0.02)
+    (folder,) = experiment.runs()
     wait_for_step(folder, 2)
     assert send(quick_job) == [], "a running run was sent twice"
-    assert cancel(folder)
-    wait_for_end(folder)
+    os.killpg(waiting.pid, signal.SIGINT)  # as a terminal does: to the command and all that it started
+    said, _ = waiting.communicate(timeout=LIMIT_S)
+    assert waiting.returncode not in (0, 2)
     status = run_status(folder)
+    assert f"stopped and saved: {folder.label} at step {status.step}" in said
+    assert f"go on with: cosmos-hpc submit {quick_job}" in said
     assert (status.status, outcomes(folder)) == ("cancelled", ["cancelled"]), words(folder)
     assert folder.newest_checkpoint() == folder.checkpoint(status.step)
 
