@@ -51,10 +51,10 @@ def quick_job(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) ->
         f"""\
 name: quick
 model: {{channels: 4}}
-data: {{path: {dataset}, num_frames: 9, crop_size: 32, micro_batch_size: 1, global_batch_size: 4, num_workers: 1}}
-trainer: {{max_steps: 40, devices: 2, precision: 32, val_check_interval: 20}}
+data: {{path: {dataset}, num_frames: 9, crop_size: 32, micro_batch_size: 2, global_batch_size: 4, num_workers: 1}}
+trainer: {{max_steps: 24, devices: 2, precision: 32, val_check_interval: 12}}
 optim: {{lr: 1e-3, warmup_steps: 4}}
-checkpoint: {{every_n_steps: 15}}
+checkpoint: {{every_n_steps: 10}}
 cluster: local
 """
     )

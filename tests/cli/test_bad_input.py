@@ -29,7 +29,7 @@ def refused(*arguments: str, cwd: Path) -> str:
     [
         (["trainer.max_stps=3"], "did you mean trainer.max_steps?"),
         (["data.num_frames=12"], "takes 1 + 8k: set 9 or 17"),
-        (["data.global_batch_size=3"], "set 2 or 4"),
+        (["data.global_batch_size=3"], "set 4"),
         (["sweep.grid={optim.speed: [1]}"], "optim.speed is no setting: did you mean optim."),
         (["data.path=/no/such/folder"], "/no/such/folder"),
         (["data.path=null"], "data.path is not set"),
@@ -65,7 +65,7 @@ def test_plan_sends_nothing_and_prints_json_for_scripts(quick_job):
 
     done = cosmos_hpc("plan", str(quick_job), "--json", cwd=quick_job.parent)
     (row,) = json.loads(done.stdout)
-    assert (row["steps"], row["ranks"], row["action"]) == (40, 2, "start")
+    assert (row["steps"], row["ranks"], row["action"]) == (24, 2, "start")
     assert not (quick_job.parent / "runs").exists()
 
 

@@ -85,9 +85,9 @@ def unbroken(quick_job) -> RunFolder:
 
 
 def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
-    assert [step for step, _ in losses(unbroken)] == list(range(1, 41))
+    assert [step for step, _ in losses(unbroken)] == list(range(1, 25))
     assert metrics(unbroken)[0].keys() == {"step", "val_psnr", "attempt"}
-    assert [line["step"] for line in metrics(unbroken) if "val_psnr" in line] == [0, 20, 40]
+    assert [line["step"] for line in metrics(unbroken) if "val_psnr" in line] == [0, 12, 24]
     assert metrics(unbroken)[-1]["val_psnr"] > metrics(unbroken)[0]["val_psnr"] + 3, "it did not learn"
 
     (preempted,) = send(quick_job, "name=preempted")
@@ -96,11 +96,11 @@ def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     wait_for_end(preempted)
     assert outcomes(preempted) == ["preempted", "finished"], words(preempted)
     saved_at = RunState.read(preempted.state).attempts[0].step
-    assert 3 <= saved_at < 40
+    assert 3 <= saved_at < 24
     assert losses(preempted) == losses(unbroken)
 
     (killed,) = send(quick_job, "name=killed")
-    wait_for_step(killed, 18)
+    wait_for_step(killed, 12)
     supervisor = RunState.read(killed.state).pid
     processes = descendants(supervisor)
     assert len(processes) >= 1 + 2 + 2, "launcher, ranks and their workers"
@@ -135,7 +135,7 @@ def test_ctrl_c_while_waiting_saves_and_submit_goes_on_from_there(quick_job):
     assert send(quick_job) == [folder]
     wait_for_end(folder)
     assert run_status(folder).status == "finished", words(folder)
-    assert [step for step, _ in losses(folder)] == list(range(1, 41))
+    assert [step for step, _ in losses(folder)] == list(range(1, 25))
     assert send(quick_job) == [], "a finished run was sent again"
     assert len(list(folder.checkpoints.glob("step_*"))) <= 3
 
