@@ -120,6 +120,25 @@ def prepare(
 
 
 @app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Cosmos-1.0-Tokenizer-CV8x8x8, or ORGANISATION/REPOSITORY.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main if left out.")] = None,
+    loss_networks: Annotated[bool, typer.Option(help="Also VGG16 for the perceptual loss.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring released weights from Hugging Face, once, into the cache that jobs read offline."""
+    from cosmos_hpc.launch.fetch import fetch as fetch_weights
+
+    fetched = fetch_weights(name, revision=revision, loss_networks=loss_networks)
+    if as_json:
+        _print_json(fetched._asdict())
+        return
+    for file in (*fetched.files, *fetched.loss_network_files):
+        print(file)
+    print(f"commit {fetched.commit}; in an experiment file: model: {{jit_ckpt_pth: {name}}}")
+
+
+@app.command()
 def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show the runs of an experiment file and what `submit` would do. Sends nothing."""
     from cosmos_hpc.tables import plan_row, print_plan
@@ -290,8 +309,10 @@ def _placed(job: Path, overrides: list[str] | None) -> "tuple[list[PlannedRun], 
     from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
     from cosmos_hpc.config.sweep import expand
     from cosmos_hpc.launch.submit import place
+    from cosmos_hpc.preflight import with_local_weights
 
-    runs = expand(load_experiment(job, overrides or []))
+    written = expand(load_experiment(job, overrides or []))
+    runs = [dataclasses.replace(run, config=with_local_weights(run.config)) for run in written]
     experiment = ExperimentFolder(runs_folder() / runs[0].config.name)
     return runs, place([run.config for run in runs], experiment), experiment
 
@@ -312,10 +333,18 @@ def _runs(name: str | None) -> "list[RunFolder]":
 
 
 def _weights(source: str) -> Path:
-    """A path as it is, or the folder of a run named EXPERIMENT/RUN."""
+    """A path as it is, the folder of a run named EXPERIMENT/RUN, or what `fetch` brought of a repository."""
+    from cosmos_hpc.launch.fetch import cached
+
     if Path(source).exists():
         return Path(source)
-    found = _runs(source)
+    try:
+        found = _runs(source)
+    except ConfigError as no_run:
+        try:
+            return cached(source)
+        except ConfigError:
+            raise no_run from None
     if len(found) > 1:
         raise ConfigError(f"{source} names {len(found)} runs: choose one of {', '.join(run.label for run in found)}")
     return found[0].path

@@ -1,5 +1,6 @@
 """What is checked of a run's inputs before anything starts; light enough for a login node."""
 
+import dataclasses
 from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
@@ -8,12 +9,28 @@ from cosmos_hpc.data.dataset_index import check_dataset
 
 
 def check_inputs(run: RunConfig) -> None:
-    """Refuse a run whose data or weights are not there.
+    """Refuse a run whose data is not there.
 
     Raises:
         ConfigError: with the setting, what it points to, and the mend.
     """
     check_dataset(run.data.path)
+
+
+def with_local_weights(run: RunConfig) -> RunConfig:
+    """The run with its starting weights as a path on this file system.
+
+    A repository's name becomes the folder that `cosmos-hpc fetch` filled: jobs download nothing, and the commit in the
+    folder's path is part of what names the run.
+
+    Raises:
+        ConfigError: if there is neither such a path nor such a repository in the cache.
+    """
     weights = run.model.jit_ckpt_pth
-    if weights is not None and not Path(weights).exists():
+    if weights is None or Path(weights).exists():
+        return run
+    if Path(weights).is_absolute() or weights.startswith("."):
         raise ConfigError(f"model.jit_ckpt_pth is {weights}, which does not exist: name a folder with autoencoder.jit")
+    from cosmos_hpc.launch.fetch import cached  # half a second of imports, which most plans don't need
+
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, jit_ckpt_pth=str(cached(weights))))

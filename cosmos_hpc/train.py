@@ -18,7 +18,7 @@ from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.submit import lay_out
-from cosmos_hpc.preflight import check_inputs
+from cosmos_hpc.preflight import check_inputs, with_local_weights
 from cosmos_hpc.ranks import Rank, current_rank, die_with_parent, redirect_output, set_up_logging
 from cosmos_hpc.training.preemption import Outcome, StopRequest
 
@@ -101,7 +101,7 @@ def _command_line_config(overrides: list[str], rank: Rank) -> RunConfig:
             f"{rank.world_size} ranks: leave both settings out"
         )
     check_inputs(config)
-    return config
+    return with_local_weights(config)
 
 
 def _lay_out_attempt(config: RunConfig) -> Attempt:

@@ -236,8 +236,7 @@ def _expanded(settings: dict[str, Any], source: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return {name: walk(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()}
         if isinstance(value, str) and key in allowed:
-            expanded = _expand(value, key, source)
-            return str(Path(expanded).resolve()) if allowed[key].get("is_path") and "://" not in expanded else expanded
+            return _whole(_expand(value, key, source), allowed[key])
         if isinstance(value, str) and "${" in value:
             raise ConfigError(
                 f"{source}: {key} is {value!r}, but variables expand only in "
@@ -253,6 +252,13 @@ def _expand(value: str, key: str, source: str) -> str:
     if "$" in expanded:
         raise ConfigError(f"{source}: {key} is {value!r}, which names a variable that is not set: export it first")
     return expanded
+
+
+def _whole(value: str, metadata: Mapping[str, Any]) -> str:
+    """A relative path made absolute, where the field holds one."""
+    is_path = metadata.get("is_path", False) and "://" not in value
+    is_name = metadata.get("may_be_repository", False) and not Path(value).exists()
+    return str(Path(value).resolve()) if is_path and not is_name else value
 
 
 def _typed(schema: type, settings: Mapping[str, Any], source: str) -> Any:

@@ -22,7 +22,8 @@ def neutral(default: Any) -> Any:
 def expands(default: Any, **metadata: bool) -> Any:
     """A path or name in which `$NAME`, `${NAME}` of the environment and `~` are expanded.
 
-    With `is_path=True`, what lies in the working folder is kept by its whole path, as jobs start elsewhere.
+    With `is_path=True`, a relative path is kept whole, as jobs start elsewhere; with `may_be_repository=True` only if
+    it exists, since the value may name a repository on Hugging Face.
     """
     return field(default=default, metadata={"expands": True, **metadata})
 
@@ -44,8 +45,9 @@ class ModelConfig:
     model: str = "Cosmos-1.0-Tokenizer-CV8x8x8"
     """Released tokenizer by name: any name that ends in CV8x8x8, DV8x16x16, CV4x8x8 and the like."""
 
-    jit_ckpt_pth: str | None = expands(None, is_path=True)
-    """Weights to start from: a folder with autoencoder.jit, an export, a run or a checkpoint; none: random weights."""
+    jit_ckpt_pth: str | None = expands(None, is_path=True, may_be_repository=True)
+    """Weights to start from: a folder with autoencoder.jit, an export, a run, a checkpoint, or the name of a repository
+    that `cosmos-hpc fetch` has brought; none: random weights."""
 
     channels: int = 128
     """Base width of the network. The released tokenizers have 128; narrower ones are for trials on small machines."""
