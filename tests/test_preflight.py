@@ -17,7 +17,7 @@ def test_weights_on_this_file_system_are_kept_by_their_whole_path(tmp_path, monk
 
 def test_a_repository_that_was_not_fetched_is_refused_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="run `cosmos-hpc fetch Cosmos-1.0-Tokenizer-CV8x8x8` on the login node"):
+    with pytest.raises(ConfigError, match=r"run `cosmos-hpc fetch Cosmos-1\.0-Tokenizer-CV8x8x8` on the login node"):
         with_local_weights(run("Cosmos-1.0-Tokenizer-CV8x8x8"))
 
 

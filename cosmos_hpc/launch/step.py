@@ -27,6 +27,7 @@ def step_environment(run: RunConfig, master_address: str, master_port: int) -> d
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",  # a job downloads nothing
         "MASTER_ADDR": master_address,
         "MASTER_PORT": str(master_port),
         **run.cluster.environment,
@@ -49,5 +50,7 @@ def _srun(run: RunConfig) -> list[str]:
 def _mounts(run: RunConfig, folder: RunFolder) -> tuple[str, ...]:
     """The package, the run and its inputs, at the same paths inside as outside."""
     package = Path(cosmos_hpc.__file__).parents[1]
-    inputs = [path for path in (run.data.path, run.model.jit_ckpt_pth) if path is not None]
-    return tuple(f"{path}:{path}" for path in (str(package), str(folder.path), *inputs))
+    inputs = [Path(path) for path in (run.data.path, run.model.jit_ckpt_pth) if path is not None]
+    # A snapshot in the Hugging Face cache links to files two levels up.
+    whole = [path.parents[1] if path.parent.name == "snapshots" else path for path in inputs]
+    return tuple(f"{path}:{path}" for path in (package, folder.path, *whole))

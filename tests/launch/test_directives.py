@@ -62,3 +62,12 @@ def test_ranks_get_the_profiles_variables_and_where_to_meet():
     assert (environment["NCCL_DEBUG"], environment["MASTER_ADDR"], environment["MASTER_PORT"]) == (
         "INFO", "node1", "20001",
     )  # fmt: skip
+
+
+def test_a_container_sees_code_run_data_and_the_whole_repository_of_cached_weights(tmp_path):
+    snapshot = tmp_path / "models--nvidia--tokenizer" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    inside = run("container.mode=pyxis", "container.image=/nemo.sqsh", f"model.jit_ckpt_pth={snapshot}")
+    (mounts,) = [flag for flag in step_command(inside, RunFolder(Path("/r/000-a")), 0) if "container-mounts" in flag]
+    for path in ("/r/000-a", "/data/roads", snapshot.parents[1]):
+        assert f"{path}:{path}" in mounts
