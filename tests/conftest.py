@@ -26,6 +26,12 @@ def write_film(path: Path, *, num_frames: int = 17, height: int = 48, width: int
     write_mp4(path, frames, fps=24)
 
 
+@pytest.fixture(autouse=True)
+def own_runs_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a test go into its working folder, whatever the caller's environment says."""
+    monkeypatch.delenv("COSMOS_HPC_RUNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight training and four validation films of 17 frames, packed and indexed."""
@@ -45,7 +51,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_job(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An experiment file of one small run on two ranks, in a working folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COSMOS_HPC_RUNS", raising=False)
     job = tmp_path / "quick.yaml"
     job.write_text(
         f"""\
