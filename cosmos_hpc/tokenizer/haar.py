@@ -51,14 +51,30 @@ def synthesise(x: Tensor) -> Tensor:
     return bands[0]
 
 
+def analyse_rounding(x: Tensor, tap: float) -> Tensor:
+    """`analyse` with its scale, in the steps of the released networks in bfloat16: rounded after every axis."""
+    bands = [x]
+    for dim in (2, 3, 4):
+        bands = [(half * tap).type_as(x) for band in bands for half in split_pairs(band.float(), dim)]
+    return torch.cat(bands, 1) / GAIN_PER_LEVEL
+
+
+def synthesise_rounding(x: Tensor, tap: float) -> Tensor:
+    """`synthesise` with its scale, rounded after every product and sum, as `analyse_rounding`."""
+    bands = list(x.chunk(8, 1))
+    for dim in (4, 3, 2):
+        bands = [merge_pairs(low * tap, high * tap, dim) for low, high in zip(bands[0::2], bands[1::2], strict=True)]
+    return bands[0] * GAIN_PER_LEVEL
+
+
+def rounds_at_each_step(x: Tensor) -> bool:
+    """Whether the network as a whole computes in bfloat16; under autocast the transform stays in float32."""
+    return x.itemsize < 4 and not torch.is_autocast_enabled(x.device.type)
+
+
 def float32_or_better(x: Tensor) -> Tensor:
-    """Lift bfloat16: the transform is cheap, and its rounding would show in every pixel."""
+    """Lift the bfloat16 of autocast: the transform is cheap, and its rounding would show in every pixel."""
     return x.float() if x.itemsize < 4 else x
-
-
-def result_like(x: Tensor, result: Tensor) -> Tensor:
-    """Round the result of `float32_or_better(x)` back, unless under autocast, which leaves it in float32."""
-    return result if torch.is_autocast_enabled(x.device.type) else result.type_as(x)
 
 
 class HaarFilters(nn.Module):
@@ -95,10 +111,15 @@ class HaarPatcher(HaarFilters):
             [B, 3 x patch_size^3, 1 + k, H / patch_size, W / patch_size], in B, T, H, W, C memory.
         """
         first = clips[:, :, :1].expand(-1, -1, self.patch_size - 1, -1, -1)
-        patches = float32_or_better(torch.cat((first, clips), 2))
-        for _ in range(self.num_levels):
-            patches = analyse(patches)
-        patches = result_like(clips, patches * (self.tap**3 / GAIN_PER_LEVEL) ** self.num_levels)
+        patches = torch.cat((first, clips), 2)
+        if rounds_at_each_step(clips):
+            for _ in range(self.num_levels):
+                patches = analyse_rounding(patches, self.tap)
+        else:
+            patches = float32_or_better(patches)
+            for _ in range(self.num_levels):
+                patches = analyse(patches)
+            patches = patches * (self.tap**3 / GAIN_PER_LEVEL) ** self.num_levels
         return patches.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -114,8 +135,13 @@ class HaarUnpatcher(HaarFilters):
         Returns:
             [B, 3, 1 + (T' - 1) x patch_size, H' x patch_size, W' x patch_size].
         """
+        num_copies = self.patch_size - 1
+        if rounds_at_each_step(patches):
+            clips = patches.contiguous()
+            for _ in range(self.num_levels):
+                clips = synthesise_rounding(clips, self.tap)
+            return clips[:, :, num_copies:]
         clips = float32_or_better(patches).contiguous()
         for _ in range(self.num_levels):
             clips = synthesise(clips)
-        clips = clips[:, :, self.patch_size - 1 :] * (self.tap**3 * GAIN_PER_LEVEL) ** self.num_levels
-        return result_like(patches, clips)
+        return clips[:, :, num_copies:] * (self.tap**3 * GAIN_PER_LEVEL) ** self.num_levels
