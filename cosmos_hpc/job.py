@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -25,8 +27,11 @@ logger = logging.getLogger(__name__)
 LEFT_TO_GO_ON = ("preempted", "time_limit", "interrupted")
 """Outcomes after which the same run goes on from its checkpoint."""
 
-LOG_TAIL = 12
-"""Lines of a log that a failure shows."""
+ERROR = re.compile(r"(error|[\w.]*(Error|Exception|Interrupt)): ")
+"""How a line begins that names an error: ours, or the last one of a traceback."""
+
+LOST_THE_OTHERS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|ChildFailedError|DistBackendError")
+"""What a rank says when another one has died."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,14 @@ class Supervisor:
         """
         set_up_logging()
         folder = RunFolder(self.run_folder)
-        with locked(folder.supervisor_lock) as is_only_one:
+        with locked(folder.supervisor_lock, patience_s=1.0) as is_only_one:
             if not is_only_one:
                 logger.warning("%s has a living supervisor already: nothing to do", folder.label)
                 return
-            _Watch(folder).run()
+            try:
+                _Watch(folder).run()
+            finally:
+                folder.pending_mark.unlink(missing_ok=True)
 
 
 class _Watch:
@@ -92,25 +100,28 @@ class _Watch:
     def _attempts(self) -> None:
         while True:
             self._asked = None
+            if self._folder.cancel_mark.exists():  # asked for before this supervisor could hear it
+                self._become(Status.CANCELLED)
+                return
             record = self._attempt()
             if record.outcome == "finished":
                 self._become(Status.FINISHED)
-                return
-            if self._folder.cancel_mark.exists():
-                record.outcome = "cancelled"
-                self._become(Status.CANCELLED)
                 return
             if record.outcome not in LEFT_TO_GO_ON:
                 self._become(Status.FAILED)
                 logger.error("%s failed: %s", self._folder.label, record.message)
                 raise SystemExit(1)
+            if self._folder.cancel_mark.exists():
+                record.outcome = "cancelled"
+                self._become(Status.CANCELLED)
+                return
             if self._config.cluster.executor == "slurm":
                 self._requeue()
                 return
             logger.info("%s was preempted at step %s: going on", self._folder.label, record.step)
 
     def _attempt(self) -> AttemptRecord:
-        number = len(self._state.attempts)
+        number = self._folder.next_attempt()
         job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or _slurm_job_id()
         record = AttemptRecord(attempt=number, started=time.time(), host=socket.gethostname(), job_id=job_id)
         self._state.attempts.append(record)
@@ -126,7 +137,7 @@ class _Watch:
         record.outcome = outcome.get("outcome", "failed")
         record.step = outcome.get("step")
         if record.outcome == "failed":
-            record.message = outcome.get("message") or self._last_words(number, code)
+            record.message = self._last_words(number) or outcome.get("message") or f"the ranks ended with {code}"
         self._state.write(self._folder.state)
         return record
 
@@ -134,7 +145,12 @@ class _Watch:
         """Start the ranks and wait for their end; locally, pass a stop request on to them once all can hear it."""
         environment = step_environment(self._config, socket.gethostname(), _port(number))
         step = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True, preexec_fn=die_with_parent
+            command,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
         is_passed_on = self._config.cluster.executor != "local"
         while step.poll() is None:
@@ -151,19 +167,23 @@ class _Watch:
         ranks = range(self._config.trainer.world_size)
         return all(self._folder.rank_log(number, rank).exists() for rank in ranks)
 
-    def _last_words(self, number: int, code: int) -> str:
-        logs = sorted(self._folder.attempt_logs(number).glob("rank_*.log"))
-        for log in (*logs, self._folder.launcher_log(number)):
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            if lines and ("Error" in lines[-1] or log == self._folder.launcher_log(number)):
-                return f"the ranks ended with {code}; {log.name}: " + " | ".join(lines[-LOG_TAIL:])
-        return f"the ranks ended with {code} and left no word"
+    def _last_words(self, number: int) -> str | None:
+        """The error that a rank's log ends with; that of a rank which lost the others only where there is no other."""
+        logs = [*sorted(self._folder.attempt_logs(number).glob("rank_*.log")), self._folder.launcher_log(number)]
+        words = {log.name: _last_error(log.read_text(errors="replace")) for log in logs}
+        errors = [f"{log}: {error}" for log, error in words.items() if error]
+        return next((error for error in errors if not LOST_THE_OTHERS.search(error)), errors[0] if errors else None)
 
     def _requeue(self) -> None:
         """Give the job back to the queue; SLURM ends this process in doing so."""
         self._become(Status.WAITING)
         subprocess.run(["scontrol", "requeue", _slurm_job_id()], check=True)
         time.sleep(600)
+
+
+def _last_error(text: str) -> str | None:
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if ERROR.match(line)), None)
 
 
 def _slurm_job_id() -> str:

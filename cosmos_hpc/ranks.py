@@ -62,7 +62,23 @@ def redirect_output(log: Path) -> None:
             os.dup2(file.fileno(), stream.fileno())
 
 
-def die_with_parent() -> None:
-    """Be killed when the process that started this one dies: nothing trains on behind a dead supervisor (Linux)."""
+def ranks_per_node() -> int:
+    """How many ranks torchrun has started on this node; all of them where it does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", current_rank().world_size))
+
+
+def was_started_by_torchrun() -> bool:
+    """Whether torch's elastic launcher is this process's parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the process that started this one dies: nothing goes on behind a dead supervisor (Linux).
+
+    Args:
+        parent: its process id, if it is known; should it be dead already, this process ends here.
+    """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

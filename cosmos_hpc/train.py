@@ -6,7 +6,6 @@ torchrun --nproc-per-node 8 -m cosmos_hpc.train data.path=... model.jit_ckpt_pth
 import argparse
 import json
 import logging
-import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -19,7 +18,15 @@ from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folde
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.submit import lay_out
 from cosmos_hpc.preflight import check_inputs, with_local_weights
-from cosmos_hpc.ranks import Rank, current_rank, die_with_parent, redirect_output, set_up_logging
+from cosmos_hpc.ranks import (
+    Rank,
+    current_rank,
+    die_with_parent,
+    ranks_per_node,
+    redirect_output,
+    set_up_logging,
+    was_started_by_torchrun,
+)
 from cosmos_hpc.training.preemption import Outcome, StopRequest
 
 if TYPE_CHECKING:
@@ -44,7 +51,7 @@ def main() -> None:
     stop.install()  # before the slow imports, so that no signal is lost or deadly in the first seconds
     arguments = _parse(sys.argv[1:])
     rank = current_rank()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if was_started_by_torchrun():
         die_with_parent()
     if arguments.run_folder is not None:
         redirect_output(RunFolder(arguments.run_folder).rank_log(arguments.attempt, rank.rank))
@@ -53,7 +60,7 @@ def main() -> None:
     try:
         _run_rank(arguments, rank, stop)
     except ConfigError as error:
-        if rank.is_first:
+        if rank.is_first or arguments.run_folder is not None:  # on one terminal once, in each rank's own log
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -67,7 +74,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-folder", type=Path, help="run that a supervisor has laid out; takes no overrides")
     parser.add_argument("--attempt", type=int, default=0, help="number of this start, counted by the supervisor")
     parser.add_argument("--yes", action="store_true", help="accepted for the guide's sake; nothing is ever asked")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.overrides and arguments.run_folder is not None:
+        parser.error("--run-folder takes no settings: its config.yaml holds them")
+    return arguments
 
 
 def _quieten() -> None:
@@ -92,8 +102,8 @@ def _run_rank(arguments: argparse.Namespace, rank: Rank, stop: StopRequest) -> N
 
 def _command_line_config(overrides: list[str], rank: Rank) -> RunConfig:
     """The settings of torchrun's own line, with as many ranks as torchrun has started."""
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
-    launched = [f"trainer.devices={ranks_per_node}", f"trainer.num_nodes={rank.world_size // ranks_per_node}"]
+    devices = ranks_per_node()
+    launched = [f"trainer.devices={devices}", f"trainer.num_nodes={rank.world_size // devices}"]
     config = resolve(load_experiment(None, [*launched, *overrides]), {})
     if config.trainer.world_size != rank.world_size:
         raise ConfigError(
@@ -106,19 +116,23 @@ def _command_line_config(overrides: list[str], rank: Rank) -> RunConfig:
 
 def _lay_out_attempt(config: RunConfig) -> Attempt:
     (folder,) = ExperimentFolder(runs_folder() / config.name).place([config])
-    return Attempt(folder, lay_out(config, folder), number=len(list(folder.path.glob("logs/*"))))
+    return Attempt(folder, lay_out(config, folder), folder.next_attempt())
 
 
 def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
     """Build, train, and let rank 0 write how it ended; the supervisor decides by that file alone."""
+    from cosmos_hpc.training.loop import train
+
     try:
         state, run = _build(attempt, groups, stop)
-        outcome = _train(state, run)
+        outcome = train(state, run)
     except Exception as error:
         _write_outcome(attempt, groups.rank, Outcome.FAILED, None, f"{type(error).__name__}: {error}")
         raise
     _write_outcome(attempt, groups.rank, outcome, state.step, None)
     groups.barrier()
+    run.telemetry.close()  # after the outcome is safe: wandb may wait for a network
+    state.loader.close()
     mend = "" if outcome is Outcome.FINISHED else "; the same command goes on from there"
     logger.info("%s: step %d is saved in %s%s", outcome, state.step, attempt.folder.path, mend)
 
@@ -149,16 +163,6 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     checkpoints.load_newest(state)
     telemetry.resume_at(state.step)
     return state, Run(config, groups, checkpoints, validation, telemetry, stop)
-
-
-def _train(state: "TrainState", run: "Run") -> Outcome:
-    from cosmos_hpc.training.loop import train
-
-    try:
-        return train(state, run)
-    finally:
-        run.telemetry.close()
-        state.loader.close()
 
 
 def _write_outcome(attempt: Attempt, rank: Rank, outcome: Outcome, step: int | None, message: str | None) -> None:

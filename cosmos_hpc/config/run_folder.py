@@ -99,12 +99,20 @@ class RunFolder:
 
     @property
     def pending_mark(self) -> Path:
-        """Left by `submit`, taken away by the supervisor that starts."""
+        """Left by `submit` with the job's id, taken away by the supervisor that starts."""
         return self.path / "pending"
+
+    def next_attempt(self) -> int:
+        """Number of the next start of the ranks, whoever starts them."""
+        return 1 + max((int(folder.name) for folder in self.path.glob("logs/[0-9]*")), default=-1)
 
     def newest_checkpoint(self) -> Path | None:
         """The whole checkpoint of the latest step; none before the first save."""
         return max(self.checkpoints.glob("step_????????"), default=None)
+
+    def checkpoint_layout(self, checkpoint: Path) -> Path:
+        """Step, ranks and format of a checkpoint, as JSON."""
+        return checkpoint / "checkpoint.json"
 
     def attempt_logs(self, attempt: int) -> Path:
         """Logs of the attempt-th start of the step, counted from 0."""

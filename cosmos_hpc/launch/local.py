@@ -5,29 +5,49 @@ import fcntl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from cosmos_hpc.config.run_folder import ExperimentFolder
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Try to hold a lock file; true if it is ours until the block ends. The kernel lets go when the holder dies."""
+def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[bool]:
+    """Try to hold a lock file; true if it is ours until the block ends. The kernel lets go when the holder dies.
+
+    Args:
+        path: made where it is missing.
+        patience_s: how long to try; `is_locked` of another process may hold it for an instant.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_s
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        while not (ours := _flock(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield ours
 
 
 def is_locked(path: Path) -> bool:
     """Whether a living process on this machine holds the lock file."""
     if not path.exists():
         return False
-    with locked(path) as ours:
-        return not ours
+    with path.open() as file:
+        return not _flock(file, fcntl.LOCK_SH)  # shared, so that two who ask don't take each other for the holder
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs on this machine."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _flock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

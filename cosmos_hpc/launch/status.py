@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import RunState, Status
-from cosmos_hpc.launch.local import is_locked
+from cosmos_hpc.launch.local import is_alive, is_locked
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class RunStatus:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more happens without a person."""
-        return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED, "died")
+        """Whether nothing more happens without a person, as far as a supervisor knows."""
+        return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED, "died", "unsupervised")
 
 
 def run_status(folder: RunFolder) -> RunStatus:
@@ -76,14 +77,21 @@ def run_status(folder: RunFolder) -> RunStatus:
     )
 
 
-def cancel(folder: RunFolder) -> bool:
-    """Ask a local run's supervisor to stop for good; false where none lives. Its ranks save before they leave."""
+def cancel(folder: RunFolder) -> str:
+    """Ask a local run's supervisor to stop for good; its ranks save before they leave.
+
+    Returns:
+        What happens now, for the user.
+    """
+    status = run_status(folder)
+    if status.is_over or status.status == "unsupervised":
+        return "not running"
     folder.cancel_mark.touch()
     state = RunState.read(folder.state)
-    if state is None or state.pid is None or not is_locked(folder.supervisor_lock):
-        return False
+    if status.status in ("pending", "starting") or state is None or state.pid is None:
+        return "will not start"
     os.kill(state.pid, signal.SIGTERM)
-    return True
+    return "asked to save and stop"
 
 
 def find_runs(name: str, root: Path) -> list[RunFolder]:
@@ -111,13 +119,27 @@ def find_runs(name: str, root: Path) -> list[RunFolder]:
 
 
 def _status(folder: RunFolder, state: RunState | None, *, is_local: bool) -> str:
-    if folder.pending_mark.exists():
-        return "pending"
+    has_supervisor = is_locked(folder.supervisor_lock)
+    if not has_supervisor and folder.pending_mark.exists():
+        return "pending" if is_pending(folder, is_local=is_local) else "died"
     if state is None:
-        return "unsupervised"
-    if is_local and state.status in (Status.RUNNING, Status.WAITING) and not is_locked(folder.supervisor_lock):
+        return "starting" if has_supervisor else "unsupervised"
+    if is_local and state.status in (Status.RUNNING, Status.WAITING) and not has_supervisor:
         return "died"
     return state.status
+
+
+def is_pending(folder: RunFolder, *, is_local: bool) -> bool:
+    """Whether the run's job is sent and has not started yet."""
+    if not folder.pending_mark.exists():
+        return False
+    job = folder.pending_mark.read_text()
+    if not job:
+        return True  # it is being sent at this moment
+    if is_local:
+        return is_alive(int(job))
+    queue = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
+    return bool(queue.stdout.strip())
 
 
 def _last_metrics(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

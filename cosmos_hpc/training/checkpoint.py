@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,14 +51,14 @@ class CheckpointStore:
     def save(self, state: "TrainState") -> None:
         """Write and publish a checkpoint, then drop the oldest beyond `keep`. Collective."""
         target = self._folder.checkpoint(state.step)
-        partial = target.with_name(f"{target.name}.partial")
+        unfinished = target.with_name(f"{target.name}.partial")
         if self._groups.rank.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
         self._groups.barrier()
         with cuda_calls_on(self._groups.device):
-            dist_checkpointing.save(self._sharded(state, is_loading=False), str(partial))
-        torch.save({"loader": state.loader.state(), "rng": _rng_state()}, partial / self._rank_file())
+            dist_checkpointing.save(self._sharded(state, is_loading=False), str(unfinished))
+        torch.save({"loader": state.loader.state(), "rng": _rng_state()}, unfinished / self._rank_file())
         self._groups.barrier()
         if self._groups.rank.is_first:
             layout = {
@@ -66,8 +67,8 @@ class CheckpointStore:
                 "consumed_samples": state.consumed_samples,
                 "world_size": self._groups.rank.world_size,
             }
-            (partial / "checkpoint.json").write_text(json.dumps(layout))
-            self._publish(partial, target)
+            self._folder.checkpoint_layout(unfinished).write_text(json.dumps(layout))
+            self._publish(unfinished, target)
             logger.info("saved %s", target)
         self._groups.barrier()
 
@@ -77,10 +78,12 @@ class CheckpointStore:
         Raises:
             ConfigError: if it was written by another number of ranks or another format.
         """
+        if self._groups.rank.is_first:
+            self._remove_unfinished()
         source: Path | None = self._groups.from_first(self._folder.newest_checkpoint())
         if source is None:
             return False
-        layout = read_json(source / "checkpoint.json")
+        layout = read_json(self._folder.checkpoint_layout(source))
         self._check(layout, source)
         with cuda_calls_on(self._groups.device):
             loaded = dist_checkpointing.load(self._sharded(state, is_loading=True), str(source))
@@ -114,14 +117,20 @@ class CheckpointStore:
                 f"set trainer.devices x trainer.num_nodes to {layout['world_size']}"
             )
 
-    def _publish(self, partial: Path, target: Path) -> None:
-        for file in (*partial.iterdir(), partial):
+    def _publish(self, unfinished: Path, target: Path) -> None:
+        for file in (*unfinished.iterdir(), unfinished):
             _fsync(file)
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        unfinished.rename(target)
         _fsync(target.parent)
         for old in sorted(self._folder.checkpoints.glob("step_????????"))[: -self._config.checkpoint.keep]:
-            shutil.rmtree(old)
+            old.rename(old.with_name(f"{old.name}.partial"))  # a name means a whole checkpoint, on its way out as well
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """What a kill left of a save, or of a removal."""
+        for leftover in self._folder.checkpoints.glob("step_????????.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _rank_file(self) -> str:
         return f"rank_{self._groups.rank.rank:05d}.pt"
@@ -133,7 +142,7 @@ def _start_writers_queue() -> SyncManager:
     Left to itself it spawns one that imports everything anew (seconds, 280 MB) and outlives a killed rank.
     """
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=die_with_parent)
+    manager.start(initializer=partial(die_with_parent, os.getpid()))
     filesystem_async._results_queue = manager.Queue()
     return manager
 

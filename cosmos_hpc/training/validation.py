@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import TrainerConfig
 from cosmos_hpc.data.loader import ValidationLoader, to_unit_range
 from cosmos_hpc.tokenizer.metrics import psnr
@@ -23,7 +24,11 @@ class Validation:
 
     @torch.no_grad()
     def run(self, module: nn.Module) -> float:
-        """Mean PSNR in dB over the validation clips of all ranks; each clip counts once, however batches fell."""
+        """Mean PSNR in dB over the validation clips of all ranks; each clip counts once, however batches fell.
+
+        Raises:
+            ConfigError: if no rank has a clip.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=self._groups.device)
         for batch in self._loader:
             clips = to_unit_range(batch.to(self._groups.device))
@@ -32,4 +37,9 @@ class Validation:
             values = psnr(clips, reconstructions).double()
             sums += torch.stack([values.sum(), torch.ones_like(values).sum()])
         total, count = self._groups.total(sums).tolist()
+        if not count:  # the same on every rank
+            raise ConfigError(
+                "no video of the split val gives a clip: all are shorter than data.num_frames or can't be decoded "
+                "(see the warnings above): set fewer frames or add videos"
+            )
         return total / count
