@@ -5,16 +5,27 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.dataset_index import check_dataset
+from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
 
 
 def check_inputs(run: RunConfig) -> None:
-    """Refuse a run whose data is not there.
+    """Refuse a run whose data is not there or too little.
 
     Raises:
         ConfigError: with the setting, what it points to, and the mend.
     """
     check_dataset(run.data.path)
+    path = Path(run.data.path or "")
+    streams = run.data.num_streams
+    if streams is None:
+        streams = run.data.num_workers * run.trainer.world_size
+    samples = None if is_metadataset(path) else split_sizes(path)["train"]
+    if samples is not None and samples < max(streams, run.trainer.world_size):
+        ranks = run.trainer.world_size
+        raise ConfigError(
+            f"{path} has {samples} training videos, fewer than data.num_workers x ranks = {streams or ranks}: "
+            f"set data.num_workers to {samples // ranks} or less, or add videos"
+        )
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:

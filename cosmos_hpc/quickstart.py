@@ -58,6 +58,7 @@ def run_quickstart(out: Path) -> None:
     """
     started = time.perf_counter()
     out = out.resolve()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same two ranks on every machine: on its CPU
     with _part("1/7 cut short videos out of two films"):
         cut_films(out / "videos")
     with _part("2/7 pack them into shards and index these"):
@@ -190,7 +191,7 @@ def _use(out: Path, config: RunConfig, folders: Sequence[RunFolder]) -> None:
 
 
 def _wait(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStatus], None] = lambda *_: None) -> None:
-    unfinished = follow(folders, "cosmos-hpc quickstart", on_status)
+    unfinished = follow(folders, f"cosmos-hpc quickstart --out {folders[0].path.parents[2]}", on_status)
     print_status([run_status(folder) for folder in folders])
     if unfinished:
         raise ConfigError(f"{unfinished[0].run} ended as {unfinished[0].status}: {unfinished[0].message}")

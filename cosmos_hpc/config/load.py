@@ -60,13 +60,14 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
     sweep = merged.pop("sweep", None) or {}
     overridden = set(_dotted_keys(changes))
     for form in ("grid", "zip"):
-        if form in sweep:
-            sweep[form] = {key: values for key, values in sweep[form].items() if key not in overridden}
+        sweep[form] = _lists_of(sweep.get(form), f"{source}: sweep.{form}", without=overridden)
     if "cluster" not in merged and shutil.which("sbatch"):
         merged["cluster"] = {"executor": "slurm"}
-    experiment = Experiment(source, _expanded(merged, source), _typed(SweepConfig, sweep, source))
+    experiment = Experiment(source, merged, _typed(SweepConfig, sweep, source))
     for key in (*experiment.sweep.grid, *experiment.sweep.zip):
         _refuse_unknown_setting(key, f"{source}: sweep")
+        if key == "name":
+            raise ConfigError(f"{source}: sweep: name is the experiment's, which all its runs share: take it out")
     return experiment
 
 
@@ -88,7 +89,7 @@ def resolve(experiment: Experiment, choices: Mapping[str, Any]) -> RunConfig:
             target = target.setdefault(group, {})
         target[last] = value
     chosen = "".join(f", {key}={value}" for key, value in choices.items())
-    return _typed(RunConfig, settings, experiment.source + chosen)
+    return _typed(RunConfig, _expanded(settings, experiment.source), experiment.source + chosen)
 
 
 def read_run_config(path: Path) -> RunConfig:
@@ -128,11 +129,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         mend = f"did you mean {path.parent / near[0]}?" if near else "check the path"
         raise ConfigError(f"{path} is no file: {mend}")
     try:
-        loaded = OmegaConf.create(path.read_text())
+        loaded = OmegaConf.create(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}{place}: not valid YAML: {problem}; quote values that hold {{ }} [ ] or :") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no text in UTF-8: name an experiment file") from None
     container = OmegaConf.to_container(loaded)
     if not isinstance(container, dict):
         raise ConfigError(f"{path} holds a list, but settings are `group: {{name: value}}`: see jobs/quickstart.yaml")
@@ -147,7 +151,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"overrides {' '.join(overrides)}: {_first_line(error)}") from None
+        words = " ".join(overrides)
+        raise ConfigError(f"{words}: a value is no valid YAML ({_first_line(error)}): quote it") from None
 
 
 def _with_profiles(settings: dict[str, Any], source: str) -> dict[str, Any]:
@@ -170,7 +175,9 @@ class _Profile(dict[str, Any]):
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+    """`above` on top of `below`; a group without content (`optim:`) changes nothing."""
+    groups = _known_keys()[0]
+    merged = {key: value for key, value in below.items() if value is not None or key not in groups}
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict) and not isinstance(value, _Profile):
             merged[key] = _merge(merged[key], value)
@@ -268,8 +275,25 @@ def _typed(schema: type, settings: Mapping[str, Any], source: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ConfigError(f"{source}: {key}: {_first_line(error)}") from None
+        raise ConfigError(f"{source}: {_misfit(error, schema)}") from None
+
+
+def _misfit(error: OmegaConfBaseException, schema: type) -> str:
+    """Which setting does not take its value, and what it takes."""
+    key = getattr(error, "full_key", None) or ""
+    types = {name: item.type for name, item in known_settings(schema)}
+    near = next((name for name in types if key and (name == key or key.startswith(f"{name}["))), None)
+    takes = f": it takes {getattr(types[near], '__name__', types[near])}" if near else ""
+    return f"{key or 'a setting'}: {_first_line(error)}{takes}"
+
+
+def _lists_of(values: Any, key: str, without: set[str]) -> dict[str, list[Any]]:
+    """The lists of a sweep's form, less the keys that an override has decided."""
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(value, list) for value in values.values()):
+        raise ConfigError(f"{key} is {values!r}, but takes lists by setting: write {{optim.lr: [1e-4, 3e-5]}}")
+    return {name: value for name, value in values.items() if name not in without}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """With what code, packages and machine a run was laid out, so that it can be told later and started again."""
 
-import getpass
+import os
 import platform
 import socket
 import subprocess
@@ -31,7 +31,7 @@ def provenance() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "user": getpass.getuser(),
+        "user": os.environ.get("USER") or os.getuid(),
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "cosmos_hpc": cosmos_hpc.__version__,

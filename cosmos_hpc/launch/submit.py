@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config, to_yaml
-from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atomically
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, read_json, write_atomically
 from cosmos_hpc.config.run_state import RunState, Status
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.directives import directives
 from cosmos_hpc.launch.local import is_locked
 from cosmos_hpc.launch.provenance import provenance
+from cosmos_hpc.launch.status import is_pending
 
 MakeJob = Callable[[Path], Callable[[], None]]
 """Turns a run folder into the callable that the scheduler runs."""
@@ -33,7 +35,7 @@ class PlacedRun:
     config: RunConfig
     folder: RunFolder
     action: str
-    """`start`, `resume`, `skip: finished` or `skip: running`."""
+    """`start`, `resume`, `skip: finished`, `skip: running` or `skip: pending`."""
 
     @property
     def is_sent(self) -> bool:
@@ -50,19 +52,25 @@ def place(runs: Sequence[RunConfig], experiment: ExperimentFolder) -> list[Place
 def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
     """Make the run folder with its settings and provenance, or bring an existing one up to date.
 
-    The number of sample streams is fixed here at the first start, so that a resume on other nodes is the same run.
+    The number of sample streams is fixed by the first start that saved something, so that a resume is the same run.
 
     Returns:
         The settings as written.
+
+    Raises:
+        ConfigError: if the newest checkpoint can't be resumed with these settings.
     """
     streams = run.data.num_streams
-    if streams is None and folder.config.exists():
+    checkpoint = folder.newest_checkpoint()
+    if checkpoint is not None:
+        _check_resume(run, folder, checkpoint)
         streams = read_run_config(folder.config).data.num_streams
     if streams is None:
         streams = run.data.num_workers * run.trainer.world_size
     fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
     write_atomically(folder.config, to_yaml(fixed))
-    write_atomically(folder.provenance, json.dumps(provenance(), indent=1))
+    starts = json.loads(folder.provenance.read_text()) if folder.provenance.exists() else []
+    write_atomically(folder.provenance, json.dumps([*starts, provenance()], indent=1))
     return fixed
 
 
@@ -88,20 +96,56 @@ def submit(
         return {}
     for run in sent:
         lay_out(run.config, run.folder)
-        run.folder.cancel_mark.unlink(missing_ok=True)
-        run.folder.pending_mark.touch()
     write_atomically(experiment.max_parallel, str(max_parallel or 1))
     _note(experiment, {"time": time.time(), "runs": [run.folder.label for run in sent]})
-    jobs = _send([make_job(run.folder.path) for run in sent], sent[0].config, experiment, max_parallel)
-    ids = {run.folder.label: job for run, job in zip(sent, jobs, strict=True)}
+    ids: dict[str, str] = {}
+    for array in _arrays(sent, max_parallel):
+        for run in array:
+            run.folder.cancel_mark.unlink(missing_ok=True)
+            run.folder.pending_mark.touch()
+        try:
+            jobs = _send([make_job(run.folder.path) for run in array], array[0].config, experiment, max_parallel)
+        except BaseException:
+            for run in array:
+                run.folder.pending_mark.unlink(missing_ok=True)
+            raise
+        for run, job in zip(array, jobs, strict=True):
+            run.folder.pending_mark.write_text(job)
+            ids[run.folder.label] = job
     _note(experiment, {"time": time.time(), "jobs": ids})
     return ids
+
+
+def _arrays(sent: Sequence[PlacedRun], max_parallel: int | None) -> list[list[PlacedRun]]:
+    """Runs that ask for the same of the scheduler, together."""
+    groups: dict[str, list[PlacedRun]] = {}
+    for run in sent:
+        groups.setdefault(json.dumps(directives(run.config, max_parallel), sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def _check_resume(run: RunConfig, folder: RunFolder, checkpoint: Path) -> None:
+    """Refuse before anything is written what the ranks would refuse after their start."""
+    saved = read_json(folder.checkpoint_layout(checkpoint)).get("world_size")
+    if saved != run.trainer.world_size:
+        raise ConfigError(
+            f"{folder.label} was saved by {saved} ranks, but trainer.devices x trainer.num_nodes is "
+            f"{run.trainer.world_size}: set them to {saved} in all (a resume at another number is not yet possible)"
+        )
+    micro_batch_size = read_run_config(folder.config).data.micro_batch_size
+    if micro_batch_size != run.data.micro_batch_size:
+        raise ConfigError(
+            f"{folder.label} was saved with data.micro_batch_size {micro_batch_size}, which is now "
+            f"{run.data.micro_batch_size}: set {micro_batch_size} (a resume at another is not yet possible)"
+        )
 
 
 def _action(run: RunConfig, folder: RunFolder) -> str:
     state = RunState.read(folder.state)
     if is_locked(folder.supervisor_lock):
         return "skip: running"
+    if is_pending(folder, is_local=run.cluster.executor == "local"):
+        return "skip: pending"
     if state is not None and state.status == Status.FINISHED:
         return "skip: finished"
     return "start" if folder.newest_checkpoint() is None else "resume"
@@ -115,7 +159,7 @@ def _send(
     is_local = run.cluster.executor == "local"
     executor = submitit.AutoExecutor(folder=experiment.submitit, cluster=run.cluster.executor)
     if is_local:
-        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN, gpus_per_node=run.trainer.devices)
+        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN, **_gpus(run.trainer.devices))
     else:
         executor.update_parameters(**directives(run, max_parallel))
     try:
@@ -124,6 +168,15 @@ def _send(
     except submitit.core.utils.FailedJobError as error:
         raise ConfigError(f"sbatch refused {run.name}: {' '.join(str(error).split())}") from None
     return [job.job_id for job in submitted]
+
+
+def _gpus(count: int) -> dict[str, Any]:
+    """GPUs of a local job, as submitit will name them to it: those that the caller sees, or the first ones."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return {"gpus_per_node": count}
+    numbers = tuple(int(number) for number in visible.split(",") if number.strip().isdecimal())
+    return {"gpus_per_node": min(count, len(numbers)), "visible_gpus": numbers}
 
 
 @contextlib.contextmanager

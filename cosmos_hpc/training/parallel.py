@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.training.lean_import import lean_import
 
@@ -41,6 +42,11 @@ class Groups:
         """Join the other ranks: NCCL on GPUs, gloo on CPUs; a process that nobody launched is a group of one."""
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu and rank.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"trainer.devices asks for more ranks than this node has GPUs ({torch.cuda.device_count()}): "
+                "set it to their number, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         if on_gpu:
             torch.cuda.set_device(device)
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
