@@ -4,6 +4,7 @@ from cosmos_hpc.tokenizer.build import build_tokenizer
 from cosmos_hpc.tokenizer.continuous import Autoencoded, ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.inference import EncodedVideo, Tokenizer
+from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, latent_statistics, read_latent_statistics
 from cosmos_hpc.tokenizer.losses import LossTerms, reconstruction_loss
 from cosmos_hpc.tokenizer.metrics import psnr
 from cosmos_hpc.tokenizer.starting import starting_tokenizer
@@ -14,14 +15,17 @@ __all__ = [
     "ContinuousTokenizer",
     "DiscreteTokenizer",
     "EncodedVideo",
+    "LatentStatistics",
     "LossTerms",
     "Tokenizer",
     "build_tokenizer",
     "export",
     "export_jit",
+    "latent_statistics",
     "load_tokenizer",
     "load_weights",
     "psnr",
+    "read_latent_statistics",
     "reconstruction_loss",
     "starting_tokenizer",
 ]

@@ -1,11 +1,14 @@
 """Weights out of the kit, in the forms that other programs of the Cosmos family load."""
 
+import fcntl
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,9 +18,12 @@ from cosmos_hpc.tokenizer.build import build
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.export_check import Case
+from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, read_latent_statistics, write_latent_statistics
 from cosmos_hpc.tokenizer.traceable import traceable_modules
 
 logger = logging.getLogger(__name__)
+
+STATISTICS = "mean_std.pt"
 
 
 def export_jit(
@@ -32,6 +38,7 @@ def export(
     out: Path,
     form: str,
     dtype: torch.dtype = torch.float32,
+    statistics: LatentStatistics | None = None,
 ) -> list[Path]:
     """Write the network's files into a folder, each under its name only once it has been checked.
 
@@ -43,12 +50,14 @@ def export(
         form: `jit` (encoder.jit, decoder.jit, autoencoder.jit), `pt` (model.pt as cosmos-predict1 lays it out) or
             `safetensors` (model.safetensors).
         dtype: of the weights: torch.float32 or torch.bfloat16.
+        statistics: of this network's latents (`latent_statistics`), written as mean_std.pt beside; CV alone.
 
     Returns:
         The files.
 
     Raises:
-        ConfigError: on another form, or if what the files compute differs from what the network does.
+        ConfigError: on another form, on statistics of a DV network, or if what the files compute differs from what
+            the network does.
     """
     writers: dict[str, Callable[[ContinuousTokenizer | DiscreteTokenizer, Path], None]] = {
         "jit": _write_jit,
@@ -57,19 +66,50 @@ def export(
     }
     if form not in writers:
         raise ConfigError(f"{form!r} is no form to export to: take {', '.join(writers)}")
+    if statistics is not None and isinstance(tokenizer, DiscreteTokenizer):
+        raise ConfigError(f"{tokenizer.architecture.name} has no {STATISTICS}: export it without latent statistics")
     network = _cast_copy(tokenizer, dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
-        partial = Path(folder, "files")
+    with _hidden_folder(out) as folder:
+        partial = folder / "files"
         partial.mkdir()
         writers[form](network, partial)
-        difference = _largest_difference(network, partial, Path(folder, "cases.pt"))
+        difference = _largest_difference(network, partial, folder / "cases.pt")
         files = sorted(partial.iterdir(), key=lambda file: file.name, reverse=True)  # the autoencoder last
+        if statistics is not None:
+            files.insert(0, _write_statistics(statistics, partial))
+        elif (out / STATISTICS).exists():
+            logger.warning("%s stays, though measured on an earlier export's latents", out / STATISTICS)
         for file in files:
             file.chmod(0o644)
             file.replace(out / file.name)
     logger.info("exported %s, largest difference from the network %.1e", ", ".join(f.name for f in files), difference)
     return [out / file.name for file in files]
+
+
+@contextmanager
+def _hidden_folder(out: Path) -> Iterator[Path]:
+    """A folder inside `out` that is gone afterwards; if we are killed, the next export into `out` removes it.
+
+    Its lock ends with the process that holds it, so an export that still runs elsewhere is left alone.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".export-*"):
+        with suppress(OSError), (left / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder, Path(folder, "lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks: nobody else will get one either
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Path(folder)
+
+
+def _write_statistics(statistics: LatentStatistics, folder: Path) -> Path:
+    """Write mean_std.pt and read it back."""
+    path = folder / STATISTICS
+    write_latent_statistics(statistics, path)
+    if not all(map(torch.equal, read_latent_statistics(path), statistics)):
+        raise ConfigError(f"{folder.parent.parent} gets no export: {STATISTICS} reads back other values than written")
+    return path
 
 
 def _cast_copy(

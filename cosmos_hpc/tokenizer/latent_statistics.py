@@ -37,7 +37,7 @@ def latent_statistics(tokenizer: ContinuousTokenizer, clips: Iterable[Tensor]) -
         clips: batches [B, 3, T, H, W] in [-1, 1], all of the same T.
 
     Raises:
-        ConfigError: if there is no clip.
+        ConfigError: if there is no clip, or the network has diverged.
     """
     count, total, total_square = 0, torch.zeros(()), torch.zeros(())
     for batch in clips:
@@ -47,6 +47,8 @@ def latent_statistics(tokenizer: ContinuousTokenizer, clips: Iterable[Tensor]) -
         total_square = total_square + latents.square().sum(dim=(0, 3, 4)).cpu()
     if count == 0:
         raise ConfigError("no clip came to measure the latents on: name a data set whose val split has samples")
+    if not total_square.isfinite().all():
+        raise ConfigError("the network's latents are not all finite: take the weights of an earlier checkpoint")
     mean = total / count
     std = (total_square / count - mean.square()).clamp(min=0).sqrt()
     frames = torch.arange(NUM_LATENT_FRAMES).clamp(max=mean.shape[1] - 1)

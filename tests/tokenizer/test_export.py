@@ -1,5 +1,6 @@
 """What is exported loads elsewhere, computes the same, and appears under its name whole or not at all."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from weight_parts import released
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.tokenizer import export, load_tokenizer
+from cosmos_hpc.tokenizer import export, latent_statistics, load_tokenizer
 
 KINDS = ["CV8x8x8", "DV8x16x16"]
 FILES = ("autoencoder", "encoder", "decoder")
@@ -108,12 +109,41 @@ def test_export_that_computes_something_else_gets_no_name(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_statistics_of_the_latents_lie_beside_the_weights(small, tmp_path):
+    network = small("CV8x8x8")
+    statistics = latent_statistics(network, [torch.rand(1, 3, 17, 16, 24) * 2 - 1])
+    files = export(network, tmp_path, "pt", statistics=statistics)
+    assert [file.name for file in files] == ["mean_std.pt", "model.pt"]
+    assert sorted(tmp_path.iterdir()) == files
+    mean, std = torch.load(tmp_path / "mean_std.pt", weights_only=True)
+    assert mean.view(16, -1)[:, :3].equal(statistics.mean[:, :3])
+    assert std.view(16, -1)[:, :3].equal(statistics.std[:, :3])
+    assert load_tokenizer(tmp_path).state_dict().keys() == network.state_dict().keys()
+
+
+def test_discrete_network_has_no_statistics(small, tmp_path):
+    statistics = latent_statistics(small("CV8x8x8"), [torch.zeros(1, 3, 9, 16, 16)])
+    with pytest.raises(ConfigError, match=r"DV8x16x16 has no mean_std\.pt: export it without latent statistics"):
+        export(small("DV8x16x16"), tmp_path, "pt", statistics=statistics)
+
+
+def test_export_removes_what_a_killed_one_left_and_spares_one_that_runs(small, tmp_path):
+    left, running = tmp_path / ".export-left", tmp_path / ".export-running"
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with (running / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        export(small("CV8x8x8"), tmp_path, "pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".export-running", "model.pt"]
+
+
 def test_unknown_form_names_the_known_ones(small, tmp_path):
     with pytest.raises(ConfigError, match="'onnx' is no form to export to: take jit, pt, safetensors"):
         export(small("CV8x8x8"), tmp_path, "onnx")
 
 
-def test_killed_export_leaves_nothing_under_the_final_names(tmp_path):
+def test_killed_export_leaves_nothing_under_the_final_names(small, tmp_path):
     program = (
         "from pathlib import Path; from cosmos_hpc.config.schema import ModelConfig;"
         "from cosmos_hpc.tokenizer import build_tokenizer, export_jit;"
@@ -127,3 +157,5 @@ def test_killed_export_leaves_nothing_under_the_final_names(tmp_path):
     process.wait()
     assert list(tmp_path.glob(".export-*/files/*.jit"))
     assert list(tmp_path.glob("*.jit")) == []
+    export(small("CV8x8x8"), tmp_path, "pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

@@ -31,6 +31,8 @@ def test_statistics_are_those_of_all_latents_of_a_channel_and_frame(small, tmp_p
 def test_missing_clips_and_damaged_files_are_refused(small, tmp_path):
     with pytest.raises(ConfigError, match="no clip came to measure the latents on"):
         latent_statistics(small("CV8x8x8"), [])
+    with pytest.raises(ConfigError, match="latents are not all finite: take the weights of an earlier checkpoint"):
+        latent_statistics(small("CV8x8x8"), [torch.full((1, 3, 9, 16, 16), float("nan"))])
     (tmp_path / "mean_std.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="holds no mean and spread of latents"):
         read_latent_statistics(tmp_path / "mean_std.pt")
