@@ -1,13 +1,15 @@
 """A video beside what a tokenizer makes of it, for the eye."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.data.pack import _named_videos
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, write_mp4
 from cosmos_hpc.report.evaluate import compute_device
 from cosmos_hpc.tokenizer import Tokenizer
@@ -29,13 +31,75 @@ class Piece(NamedTuple):
     """Of these, frames at the beginning that belong to the piece before."""
 
 
+class ReconstructSummary(NamedTuple):
+    """What came of the videos."""
+
+    written: list[Path]
+    """Side-by-side mp4s that are new."""
+
+    kept: list[Path]
+    """Those that were there already."""
+
+    refused: list[tuple[Path, str]]
+    """Each video without one, with the reason."""
+
+
+def reconstruct_all(
+    sources: Sequence[Path],
+    weights: Path,
+    out: Path,
+    *,
+    max_frames: int | None = None,
+    overwrite: bool = False,
+    on_frames: Callable[[int, int], None] = lambda done, total: None,
+) -> ReconstructSummary:
+    """Write one side-by-side mp4 for each video, named by its path below its source; broken videos are left out.
+
+    Args:
+        sources: videos, and folders that hold them at any depth; what lies in `out` is not among them.
+        weights: a run, a checkpoint, an export or a folder of released weights.
+        out: folder of the mp4s; made where missing.
+        max_frames: frames of each video after which to stop; none: the whole video.
+        overwrite: write anew what is there already.
+        on_frames: called with the frames that are done and those that this call has in all.
+
+    Raises:
+        ConfigError: if there is no video, none can be read, or the weights can't be read.
+    """
+    _check_max_frames(max_frames)
+    targets = {
+        video: out / f"{key}.mp4"
+        for video, key in _named_videos(sources)
+        if out.resolve() not in video.resolve().parents
+    }
+    if not targets:
+        raise ConfigError(f"all videos of {', '.join(map(str, sources))} lie in {out}: choose another folder for --out")
+    kept = [] if overwrite else [target for target in targets.values() if target.exists()]
+    written: list[Path] = []
+    refused: list[tuple[Path, str]] = []
+    infos = _look_into_all([video for video, target in targets.items() if target not in kept], refused)
+    counts = {video: min(info.frames, max_frames or info.frames) for video, info in infos.items()}
+    if infos:
+        tokenizer = Tokenizer.from_weights(weights, compute_device())
+        bar = _FrameCount(sum(counts.values()), on_frames)
+        for video, info in infos.items():
+            try:
+                written.append(_write_pair(video, info, tokenizer, targets[video], max_frames, bar.add))
+            except ConfigError as error:
+                refused.append((video, str(error)))
+            bar.end_video(counts[video])
+    if not written and not kept:
+        raise ConfigError(f"none of {len(targets)} videos can be reconstructed, for one: {refused[0][1]}")
+    return ReconstructSummary(written, kept, refused)
+
+
 def reconstruct(
     video: Path,
     weights: Path,
     out: Path,
     *,
     max_frames: int | None = None,
-    on_frames: Callable[[int], None] | None = None,
+    on_frames: Callable[[int], None] = lambda count: None,
 ) -> Path:
     """Write original and reconstruction side by side, original on the left.
 
@@ -55,12 +119,9 @@ def reconstruct(
     info = _look_into(video)
     if out.exists() and out.samefile(video):
         raise ConfigError(f"{out} is the video itself: name another file to write")
-    if max_frames is not None and max_frames < 1:
-        raise ConfigError(f"at most {max_frames} frames of {video} leave nothing to show: allow 1 or more")
+    _check_max_frames(max_frames)
     tokenizer = Tokenizer.from_weights(weights, compute_device())
-    pairs = side_by_side(_frames(video, max_frames), tokenizer, on_frames or (lambda count: None))
-    write_mp4(out, pairs, info.fps or FALLBACK_FPS)
-    return out
+    return _write_pair(video, info, tokenizer, out, max_frames, on_frames)
 
 
 def side_by_side(
@@ -88,6 +149,51 @@ def pieces(frames: Iterator[np.ndarray], length: int, lead_in: int) -> Iterator[
         before = [*before, *new][-lead_in:]
 
 
+class _FrameCount:
+    """Frames that are done over several videos; one that breaks off counts in full, since none of it is left to do."""
+
+    def __init__(self, total: int, on_frames: Callable[[int, int], None]) -> None:
+        self.total = total
+        self.on_frames = on_frames
+        self._ended = self._here = 0
+
+    def add(self, count: int) -> None:
+        self._here += count
+        self.on_frames(self._ended + self._here, self.total)
+
+    def end_video(self, count: int) -> None:
+        self._ended, self._here = self._ended + count, 0
+        self.on_frames(self._ended, self.total)
+
+
+def _write_pair(
+    video: Path,
+    info: VideoInfo,
+    tokenizer: Tokenizer,
+    out: Path,
+    max_frames: int | None,
+    on_frames: Callable[[int], None],
+) -> Path:
+    write_mp4(out, side_by_side(_frames(video, max_frames), tokenizer, on_frames), info.fps or FALLBACK_FPS)
+    return out
+
+
+def _check_max_frames(max_frames: int | None) -> None:
+    if max_frames is not None and max_frames < 1:
+        raise ConfigError(f"at most {max_frames} frames of a video leave nothing to show: allow 1 or more")
+
+
+def _look_into_all(videos: list[Path], refused: list[tuple[Path, str]]) -> dict[Path, VideoInfo]:
+    """What each video says of itself; those that can't be opened are added to `refused`."""
+    infos = {}
+    for video in videos:
+        try:
+            infos[video] = _look_into(video)
+        except ConfigError as error:
+            refused.append((video, str(error)))
+    return infos
+
+
 def _look_into(video: Path) -> VideoInfo:
     if not video.is_file():
         raise ConfigError(f"{video} is no file: name a video")
@@ -101,7 +207,16 @@ def _look_into(video: Path) -> VideoInfo:
 
 
 def _frames(video: Path, max_frames: int | None) -> Iterator[np.ndarray]:
+    shape = None
     try:
-        yield from read_frames(video, stop=max_frames)
-    except ValueError as error:  # what PyAV's errors for damaged data are
-        raise ConfigError(f"{video} is damaged ({error}): repair it, or stop before the damage by max_frames") from None
+        for frame in read_frames(video, stop=max_frames):
+            shape = shape or frame.shape
+            if frame.shape != shape:
+                raise ConfigError(f"{video} changes its size on the way: encode it anew at one size")
+            yield frame
+    except av.FFmpegError as error:
+        raise ConfigError(
+            f"{video} is damaged ({error.strerror}): repair it, or stop before the damage by max_frames"
+        ) from None
+    if shape is None:
+        raise ConfigError(f"{video} has no frame that can be decoded: name another video")

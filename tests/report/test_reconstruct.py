@@ -9,7 +9,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.data.video_file import probe, read_frames, write_mp4
 from cosmos_hpc.report import reconstruct as reconstruct_module
-from cosmos_hpc.report.reconstruct import pieces, reconstruct, side_by_side
+from cosmos_hpc.report.reconstruct import pieces, reconstruct, reconstruct_all, side_by_side
 from cosmos_hpc.tokenizer import Tokenizer, starting_tokenizer
 
 
@@ -81,3 +81,47 @@ def test_video_is_not_written_over_itself(tmp_path: Path, grey: Path) -> None:
     write_mp4(video, film(60), fps=10)
     with pytest.raises(ConfigError, match="is the video itself: name another file"):
         reconstruct(video, grey, video)
+
+
+def test_folder_goes_on_past_broken_videos_and_keeps_what_is_there(tmp_path: Path, grey: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "videos" / "out"
+    for name, num_frames in (("north/road", 12), ("south/road", 5)):
+        write_mp4(videos / f"{name}.mp4", film(60, num_frames=num_frames), fps=10)
+    (videos / "broken.mp4").write_bytes(b"not a video at all")
+    seen: list[tuple[int, int]] = []
+    first = reconstruct_all([videos], grey, out, on_frames=lambda *counts: seen.append(counts))
+    assert first.written == [out / "north-road.mp4", out / "south-road.mp4"]
+    assert [(path, "can't be opened" in reason) for path, reason in first.refused] == [(videos / "broken.mp4", True)]
+    assert (seen[0], seen[-1], seen == sorted(seen)) == ((12, 17), (17, 17), True)
+    before = {path: path.stat().st_mtime_ns for path in first.written}
+    write_mp4(videos / "west.mp4", film(60, num_frames=3), fps=10)
+    second = reconstruct_all([videos], grey, out)
+    assert (second.written, second.kept) == ([out / "west.mp4"], first.written)
+    assert {path: path.stat().st_mtime_ns for path in first.written} == before
+    third = reconstruct_all([videos], grey, out, overwrite=True, max_frames=2)
+    assert (len(third.written), third.kept) == (3, [])
+    assert [probe(path).frames for path in third.written] == [2, 2, 2]
+
+
+def test_video_that_breaks_off_is_named_and_the_next_one_is_written(tmp_path: Path, grey: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", film(60, num_frames=40), fps=10)
+    write_mp4(tmp_path / "b.mp4", film(60, num_frames=5), fps=10)
+    raw = bytearray((tmp_path / "a.mp4").read_bytes())
+    start, size = raw.index(b"mdat") + 4, int.from_bytes(raw[raw.index(b"mdat") - 4 :][:4], "big") - 8
+    raw[start : start + size] = b"\xff" * size  # frames are promised and none of them decodes
+    (tmp_path / "a.mp4").write_bytes(raw)
+    seen: list[tuple[int, int]] = []
+    found = reconstruct_all([tmp_path], grey, tmp_path / "out", on_frames=lambda *counts: seen.append(counts))
+    assert (found.written, [path.name for path, _ in found.refused]) == ([tmp_path / "out" / "b.mp4"], ["a.mp4"])
+    assert "a.mp4 is damaged" in found.refused[0][1]
+    assert seen[-1] == (45, 45)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.mp4"]
+
+
+def test_no_video_that_can_be_reconstructed_is_an_error(tmp_path: Path, grey: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"not a video at all")
+    with pytest.raises(ConfigError, match=r"none of 1 videos can be reconstructed, for one: .*broken.mp4 can't be"):
+        reconstruct_all([tmp_path], grey, tmp_path / "out")
+    write_mp4(tmp_path / "out" / "pair.mp4", film(60), fps=10)
+    with pytest.raises(ConfigError, match=r"all videos of .*out lie in .*out: choose another folder for --out"):
+        reconstruct_all([tmp_path / "out"], grey, tmp_path / "out")
