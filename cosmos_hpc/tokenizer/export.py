@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.tokenizer.build import build
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
+from cosmos_hpc.tokenizer.diffusers_folder import diffusers_class, write_diffusers
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.export_check import Case
 from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, read_latent_statistics, write_latent_statistics
@@ -47,8 +49,9 @@ def export(
     Args:
         tokenizer: on any device; not changed.
         out: made where it is missing; files of the same names are replaced.
-        form: `jit` (encoder.jit, decoder.jit, autoencoder.jit), `pt` (model.pt as cosmos-predict1 lays it out) or
-            `safetensors` (model.safetensors).
+        form: `jit` (encoder.jit, decoder.jit, autoencoder.jit), `pt` (model.pt as cosmos-predict1 lays it out),
+            `safetensors` (model.safetensors) or `diffusers` (config.json, diffusion_pytorch_model.safetensors; CV
+            alone, and needs diffusers).
         dtype: of the weights: torch.float32 or torch.bfloat16.
         statistics: of this network's latents (`latent_statistics`), written as mean_std.pt beside; CV alone.
 
@@ -56,27 +59,30 @@ def export(
         The files.
 
     Raises:
-        ConfigError: on another form, on statistics of a DV network, or if what the files compute differs from what
-            the network does.
+        ConfigError: on another form, on one that the network does not have, on statistics of a DV network, or if what
+            the files compute differs from what the network does.
     """
     writers: dict[str, Callable[[ContinuousTokenizer | DiscreteTokenizer, Path], None]] = {
         "jit": _write_jit,
         "pt": _write_pt,
         "safetensors": _write_safetensors,
+        "diffusers": partial(_write_diffusers, statistics=statistics),
     }
     if form not in writers:
         raise ConfigError(f"{form!r} is no form to export to: take {', '.join(writers)}")
     if statistics is not None and isinstance(tokenizer, DiscreteTokenizer):
         raise ConfigError(f"{tokenizer.architecture.name} has no {STATISTICS}: export it without latent statistics")
+    if form == "diffusers":
+        _check_diffusers(tokenizer)
     network = _cast_copy(tokenizer, dtype)
     with _hidden_folder(out) as folder:
-        partial = folder / "files"
-        partial.mkdir()
-        writers[form](network, partial)
-        difference = _largest_difference(network, partial, folder / "cases.pt")
-        files = sorted(partial.iterdir(), key=lambda file: file.name, reverse=True)  # the autoencoder last
+        written = folder / "files"
+        written.mkdir()
+        writers[form](network, written)
+        difference = _largest_difference(network, written, folder / "cases.pt", form)
+        files = sorted(written.iterdir(), key=lambda file: file.name, reverse=True)  # the autoencoder last
         if statistics is not None:
-            files.insert(0, _write_statistics(statistics, partial))
+            files.insert(0, _write_statistics(statistics, written))
         elif (out / STATISTICS).exists():
             logger.warning("%s stays, though measured on an earlier export's latents", out / STATISTICS)
         for file in files:
@@ -152,14 +158,40 @@ def _write_safetensors(network: ContinuousTokenizer | DiscreteTokenizer, folder:
     save_file(network.state_dict(), folder / "model.safetensors")
 
 
-def _largest_difference(network: ContinuousTokenizer | DiscreteTokenizer, files: Path, cases: Path) -> float:
+def _check_diffusers(tokenizer: ContinuousTokenizer | DiscreteTokenizer) -> None:
+    """Refuse before the work starts."""
+    if isinstance(tokenizer, DiscreteTokenizer):
+        raise ConfigError(
+            f"diffusers has no network for {tokenizer.architecture.name}: export DV to jit, pt or safetensors"
+        )
+    diffusers_class()
+
+
+def _write_diffusers(
+    network: ContinuousTokenizer | DiscreteTokenizer, folder: Path, statistics: LatentStatistics | None
+) -> None:
+    assert isinstance(network, ContinuousTokenizer)
+    write_diffusers(network, statistics, folder)
+
+
+def _largest_difference(network: ContinuousTokenizer | DiscreteTokenizer, files: Path, cases: Path, form: str) -> float:
     """Compute the cases with the network, let a fresh process do it with the files, and compare."""
+    dtype = network.post_quant_conv.conv3d.weight.dtype
+    if form == "diffusers":  # computes in float32, which diffusers' layers have on every device
+        network = _cast_copy(network, torch.float32)
     torch.save(
         [tuple(_case(network, num_frames, size)) for num_frames in (1, 9, 33) for size in ((2, 3), (4, 2))], cases
     )
-    command = [sys.executable, "-m", "cosmos_hpc.tokenizer.export_check", str(files), str(cases)]
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    program = [sys.executable, "-m", "cosmos_hpc.tokenizer.export_check"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    checked = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    checked = subprocess.run(
+        [*program, form, str(files), str(cases), str(tolerance)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     if checked.returncode != 0:
         reason = (checked.stderr.strip() or f"it ended with status {checked.returncode}").splitlines()[-1]
         raise ConfigError(f"{files.parent.parent} gets no export, because its check failed: {reason}")

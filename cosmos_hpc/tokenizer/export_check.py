@@ -1,6 +1,6 @@
 """Run as a program in a fresh process: loads exported files and compares them with what the network computed.
 
-    python -m cosmos_hpc.tokenizer.export_check FILES CASES
+    python -m cosmos_hpc.tokenizer.export_check FORM FILES CASES TOLERANCE
 
 prints the largest difference, relative to the largest value; ends with a message and status 1 if it is too large.
 """
@@ -64,6 +64,17 @@ def pairs_of_weights(file: Path, dtype: torch.dtype) -> Callable[[Case], list[Pa
     return pairs
 
 
+def pairs_of_diffusers(folder: Path) -> Callable[[Case], list[Pair]]:
+    """What diffusers makes of the folder, in float32."""
+    from cosmos_hpc.tokenizer.diffusers_folder import diffusers_class
+
+    model = diffusers_class().from_pretrained(folder, torch_dtype=torch.float32).eval()
+    return lambda case: [
+        Pair("diffusers, encoded", model.encode(case.clip).latent_dist.mode(), case.latents),
+        Pair("diffusers, decoded", model.decode(case.latents).sample, case.reconstruction),
+    ]
+
+
 def relative_difference(pair: Pair) -> float:
     """Largest difference over largest value; for indices the share that differs."""
     if pair.from_file.shape != pair.from_network.shape or pair.from_file.dtype != pair.from_network.dtype:
@@ -77,11 +88,14 @@ def relative_difference(pair: Pair) -> float:
 @torch.no_grad()
 def main() -> None:
     """Compare, print, and end with status 1 on a difference."""
-    files, cases = Path(sys.argv[1]), [Case(*case) for case in torch.load(sys.argv[2], weights_only=True)]
-    dtype = cases[0].clip.dtype
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    is_jit = (files / "autoencoder.jit").exists()
-    pairs = pairs_of_jit(files) if is_jit else pairs_of_weights(next(files.iterdir()), dtype)
+    form, files, tolerance = sys.argv[1], Path(sys.argv[2]), float(sys.argv[4])
+    cases = [Case(*case) for case in torch.load(sys.argv[3], weights_only=True)]
+    if form == "jit":
+        pairs = pairs_of_jit(files)
+    elif form == "diffusers":
+        pairs = pairs_of_diffusers(files)
+    else:
+        pairs = pairs_of_weights(files / f"model.{form}", cases[0].clip.dtype)
     largest = 0.0
     with torch.jit.optimized_execution(False):  # else TorchScript studies the first runs of each graph for seconds
         for case in cases:

@@ -138,8 +138,61 @@ def test_export_removes_what_a_killed_one_left_and_spares_one_that_runs(small, t
     assert sorted(path.name for path in tmp_path.iterdir()) == [".export-running", "model.pt"]
 
 
+@pytest.fixture
+def diffusers():
+    return pytest.importorskip("diffusers", reason="diffusers is missing: pip install 'cosmos-hpc[diffusers]'")
+
+
+@pytest.mark.parametrize("kind", ["CV8x8x8", "CV4x8x8", "CV8x16x16"])
+def test_diffusers_loads_its_folder_and_computes_the_same(small, diffusers, tmp_path, kind):
+    network = small(kind)
+    files = export(network, tmp_path, "diffusers")
+    assert sorted(file.name for file in files) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    model, report = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.latents_mean is model.config.latents_std is None
+    for shape in ((2, 3, 1, 32, 48), (1, 3, 9, 48, 32), (1, 3, 33, 32, 32)):
+        clips = torch.rand(shape) * 2 - 1
+        latents = network.encode(clips)
+        assert is_near(model.encode(clips).latent_dist.mode(), latents)
+        assert is_near(model.decode(latents).sample, network.decode(latents))
+
+
+def test_diffusers_folder_holds_the_statistics_that_pipelines_read(small, diffusers, tmp_path):
+    network = small("CV8x8x8")
+    statistics = latent_statistics(network, [torch.rand(1, 3, 17, 16, 24) * 2 - 1])
+    files = export(network, tmp_path, "diffusers", torch.bfloat16, statistics)
+    assert sorted(file.name for file in files) == ["config.json", "diffusion_pytorch_model.safetensors", "mean_std.pt"]
+    model = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.tensor(model.config.latents_mean).view(16, 16).equal(statistics.mean)
+    assert torch.tensor(model.config.latents_std).view(16, 16).equal(statistics.std)
+
+
+def test_rounded_taps_of_released_weights_reach_diffusers(small, diffusers, tmp_path):
+    network = small("CV8x8x8")
+    taps = {name: torch.full((2,), 0.70703125) for name in network.state_dict() if name.endswith("wavelets")}
+    network.load_state_dict({**network.state_dict(), **taps})
+    export(network, tmp_path, "diffusers")
+    clips = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    model = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path)
+    latents = network.encode(clips)
+    assert not is_near(small("CV8x8x8").encode(clips), latents)
+    assert is_near(model.encode(clips).latent_dist.mode(), latents)
+    assert is_near(model.decode(latents).sample, network.decode(latents))
+
+
+def test_diffusers_is_asked_for_by_its_line_and_has_no_discrete_network(small, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="diffusers has no network for DV8x16x16: export DV to jit, pt or safetensor"):
+        export(small("DV8x16x16"), tmp_path, "diffusers")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"run `pip install 'cosmos-hpc\[diffusers\]'`"):
+        export(small("CV8x8x8"), tmp_path, "diffusers")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_form_names_the_known_ones(small, tmp_path):
-    with pytest.raises(ConfigError, match="'onnx' is no form to export to: take jit, pt, safetensors"):
+    with pytest.raises(ConfigError, match="'onnx' is no form to export to: take jit, pt, safetensors, diffusers"):
         export(small("CV8x8x8"), tmp_path, "onnx")
 
 
