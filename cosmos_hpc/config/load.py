@@ -275,16 +275,23 @@ def _typed(schema: type, settings: Mapping[str, Any], source: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_misfit(error, schema)}") from None
+        key = getattr(error, "full_key", None) or _tuple_of_wrong_length(settings, schema) or "a setting"
+        takes = next((item.type for name, item in known_settings(schema) if key.split("[")[0] == name), None)
+        expected = f": it takes {getattr(takes, '__name__', takes)}" if takes is not None else ""
+        raise ConfigError(f"{source}: {key}: {_first_line(error)}{expected}") from None
 
 
-def _misfit(error: OmegaConfBaseException, schema: type) -> str:
-    """Which setting does not take its value, and what it takes."""
-    key = getattr(error, "full_key", None) or ""
-    types = {name: item.type for name, item in known_settings(schema)}
-    near = next((name for name in types if key and (name == key or key.startswith(f"{name}["))), None)
-    takes = f": it takes {getattr(types[near], '__name__', types[near])}" if near else ""
-    return f"{key or 'a setting'}: {_first_line(error)}{takes}"
+def _tuple_of_wrong_length(settings: Mapping[str, Any], schema: type) -> str | None:
+    """The setting of which OmegaConf says only that a length does not match."""
+    for name, item in known_settings(schema):
+        value: Any = settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        parts = typing.get_args(item.type)
+        is_pair = typing.get_origin(item.type) is tuple and Ellipsis not in parts
+        if is_pair and isinstance(value, list) and len(value) != len(parts):
+            return name
+    return None
 
 
 def _lists_of(values: Any, key: str, without: set[str]) -> dict[str, list[Any]]:

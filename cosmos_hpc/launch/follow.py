@@ -46,10 +46,15 @@ def follow(
         for folder in folders:
             if not run_status(folder).is_over:
                 cancel(folder)
-        _watch(folders, on_status)
-        steps = ", ".join(f"{folder.label} at step {run_status(folder).step}" for folder in folders)
-        print(f"stopped and saved: {steps}; go on with: {again}", flush=True)
+        for status in _watch(folders, on_status):
+            print(f"{status.run}: {status.status}, {_saved(folders, status)}")
+        print(f"go on with: {again}", flush=True)
         raise
+
+
+def _saved(folders: Sequence[RunFolder], status: RunStatus) -> str:
+    newest = next(folder.newest_checkpoint() for folder in folders if folder.label == status.run)
+    return "nothing was to be saved yet" if newest is None else f"saved in {newest}"
 
 
 def _watch(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStatus], None]) -> list[RunStatus]:

@@ -1,10 +1,12 @@
 """What a user gets wrong is one line on standard error, exit code 2, and nothing is started."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 def cosmos_hpc(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -32,6 +34,13 @@ def refused(*arguments: str, cwd: Path) -> str:
         (["sweep.grid={optim.speed: [1]}"], "optim.speed is no setting: did you mean optim."),
         (["data.path=/no/such/folder"], "/no/such/folder"),
         (["data.path=null"], "data.path is not set"),
+        (
+            ["data.num_workers=8"],
+            "has 8 training videos, fewer than data.num_workers x ranks = 16: set data.num_workers",
+        ),
+        (["sweep.grid=3"], "takes lists by setting"),
+        (["sweep.grid={name: [a, b]}"], "take it out"),
+        (["optim.betas=[0.5]"], "optim.betas: "),
         (["model.jit_ckpt_pth=/no/weights"], "model.jit_ckpt_pth is /no/weights, which does not exist"),
     ],
 )
@@ -39,7 +48,14 @@ def test_submit_refuses_before_anything_starts(quick_job, overrides, words):
     assert words in refused("submit", str(quick_job), *overrides, cwd=quick_job.parent)
 
 
-def test_an_empty_split_and_a_folder_that_is_not_prepared_are_refused_with_the_mend(quick_job, tmp_path):
+def test_an_empty_split_and_a_folder_that_is_not_prepared_are_refused_with_the_mend(quick_job, dataset, tmp_path):
+    no_val = tmp_path / "no_val"
+    shutil.copytree(dataset, no_val)
+    split = no_val / ".nv-meta" / "split.yaml"
+    parts = yaml.safe_load(split.read_text())
+    parts["split_parts"]["val"] = []
+    split.write_text(yaml.safe_dump(parts))
+    assert "val" in refused("submit", str(quick_job), f"data.path={no_val}", cwd=quick_job.parent)
     raw = tmp_path / "raw"
     raw.mkdir()
     assert "cosmos-hpc prepare" in refused("submit", str(quick_job), f"data.path={raw}", cwd=quick_job.parent)

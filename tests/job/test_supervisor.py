@@ -17,7 +17,7 @@ from cosmos_hpc.config.run_state import RunState
 from cosmos_hpc.config.sweep import expand
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.local import children, is_locked
-from cosmos_hpc.launch.status import run_status
+from cosmos_hpc.launch.status import cancel, run_status
 from cosmos_hpc.launch.submit import place, submit
 
 LIMIT_S = 180
@@ -118,7 +118,9 @@ def test_ctrl_c_while_waiting_saves_and_submit_goes_on_from_there(quick_job):
     command = [sys.executable, "-m", "cosmos_hpc.cli", "submit", str(quick_job), "--wait"]
     waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     experiment = ExperimentFolder(runs_folder() / "quick")
+    deadline = time.monotonic() + LIMIT_S
     while not experiment.runs():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     (folder,) = experiment.runs()
     wait_for_step(folder, 2)
@@ -127,7 +129,7 @@ def test_ctrl_c_while_waiting_saves_and_submit_goes_on_from_there(quick_job):
     said, _ = waiting.communicate(timeout=LIMIT_S)
     assert waiting.returncode not in (0, 2)
     status = run_status(folder)
-    assert f"stopped and saved: {folder.label} at step {status.step}" in said
+    assert f"{folder.label}: cancelled, saved in {folder.checkpoint(status.step)}" in said
     assert f"go on with: cosmos-hpc submit {quick_job}" in said
     assert (status.status, outcomes(folder)) == ("cancelled", ["cancelled"]), words(folder)
     assert folder.newest_checkpoint() == folder.checkpoint(status.step)
@@ -138,6 +140,28 @@ def test_ctrl_c_while_waiting_saves_and_submit_goes_on_from_there(quick_job):
     assert [step for step, _ in losses(folder)] == list(range(1, 25))
     assert send(quick_job) == [], "a finished run was sent again"
     assert len(list(folder.checkpoints.glob("step_*"))) <= 3
+
+
+def test_a_cancel_before_the_start_is_heard(quick_job):
+    (folder,) = send(quick_job)
+    assert cancel(folder) == "will not start"
+    assert send(quick_job) == [], "a pending run was sent twice"
+    wait_for_end(folder)
+    assert run_status(folder).status == "cancelled"
+    assert not folder.metrics.exists()
+    assert cancel(folder) == "not running"
+
+
+def test_a_fault_of_one_rank_is_told_with_that_ranks_words(quick_job, dataset):
+    short = quick_job.parent / "short.yaml"
+    short.write_text(quick_job.read_text().replace("num_frames: 9", "num_frames: 25"))  # the films have 17
+    (folder,) = send(short)
+    wait_for_end(folder)
+    status = run_status(folder)
+    assert status.status == "failed"
+    assert "data.num_frames" in status.message
+    assert "rank_" in status.message
+    assert "gloo" not in status.message
 
 
 def test_a_run_that_can_not_start_is_failed_with_the_reason(quick_job, tmp_path):
