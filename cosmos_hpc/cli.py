@@ -41,6 +41,13 @@ class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"
 
 
+class TokenFormat(StrEnum):
+    """Files that `tokenize` writes."""
+
+    SHARDS = "shards"
+    SAFETENSORS = "safetensors"
+
+
 class ExportDtype(StrEnum):
     """Type of the exported weights; the released ones are bf16."""
 
@@ -269,19 +276,79 @@ def export(
 
 @app.command()
 def reconstruct(
-    videos: Annotated[list[Path], typer.Argument(help="Video files of any length and size.")],
+    sources: Annotated[list[Path], typer.Argument(help="Videos of any length and size, or folders of them.")],
     weights: Annotated[str, typer.Option(help="Run (EXPERIMENT/RUN), checkpoint, export or folder of weights.")],
     out: Annotated[Path, typer.Option(help="Folder for the side-by-side mp4s.")] = Path("reconstructions"),
     max_frames: Annotated[int | None, typer.Option(help="Frames of each video; all if left out.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write anew what is there already.")] = False,
 ) -> None:
     """Write original and reconstruction side by side."""
-    from cosmos_hpc.report.reconstruct import reconstruct as reconstruct_video
+    from cosmos_hpc.report.reconstruct import reconstruct_all
 
     with _progress() as progress:
-        for video in progress.track(videos, description="reconstruct"):
-            target = out / f"{video.stem}.mp4"
-            reconstruct_video(video, _weights(weights), target, max_frames=max_frames)
-            progress.print(str(target))
+        task = progress.add_task("reconstruct", total=None)
+        summary = reconstruct_all(
+            sources,
+            _weights(weights),
+            out,
+            max_frames=max_frames,
+            overwrite=overwrite,
+            on_frames=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for target in summary.written:
+        print(target)
+    for _, reason in summary.refused:
+        print(f"left out: {reason}")
+    if summary.kept:
+        print(f"{len(summary.kept)} were in {out} already; --overwrite writes them anew")
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[list[Path], typer.Argument(help="Videos, folders of them, or one folder of packed shards.")],
+    weights: Annotated[str, typer.Option(help="Run (EXPERIMENT/RUN), checkpoint, export or folder of weights.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; what an earlier call finished there is kept.")],
+    to: Annotated[
+        TokenFormat, typer.Option(help="shards: KEY.latents.npy or KEY.indices.npy with KEY.json; safetensors.")
+    ] = TokenFormat.SHARDS,
+    shard_size_mib: Annotated[
+        float | None, typer.Option(help="Size at which a shard is full, for video files: 256 MiB if left out.")
+    ] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Frames of each video; all if left out.")] = None,
+    dtype: Annotated[ExportDtype, typer.Option(help="Type in which the network computes.")] = ExportDtype.BF16,
+    as_json: Json = False,
+) -> None:
+    """Encode videos to latents or indices, for training that other models do on them."""
+    from cosmos_hpc.tokenize import Progress
+    from cosmos_hpc.tokenize import tokenize as tokenize_videos
+
+    with _progress() as progress:
+        task = progress.add_task("tokenize", total=None)
+
+        def show(at: Progress) -> None:
+            what = f"tokenize, {at.num_frames} frames"
+            progress.update(task, completed=at.num_done, total=at.num_videos, description=what)
+
+        summary = tokenize_videos(
+            sources,
+            _weights(weights),
+            out,
+            to=to,
+            dtype=dtype,
+            shard_size_mib=shard_size_mib,
+            max_frames=max_frames,
+            on_progress=show,
+        )
+    if as_json:
+        _print_json(summary._asdict())
+        return
+    for source, reason in summary.skipped:
+        print(f"left out {source}: {reason}")
+    if summary.videos == 0:
+        print(f"nothing to do: {out} holds what can be had of these videos")
+        return
+    written = f"{summary.videos} videos ({summary.frames} frames) into {summary.files} files"
+    print(f"tokenized {written} ({summary.bytes / 2**20:.1f} MiB) in {out}; {summary.kept} were dealt with before")
 
 
 @app.command()

@@ -1,0 +1,145 @@
+"""The videos that a call names, as files or inside tar shards, and their frames."""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.data.clips import UndecodableError
+from cosmos_hpc.data.pack import _named_videos, find_videos
+from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
+
+
+class Video(NamedTuple):
+    """One video that is to be tokenized."""
+
+    name: str
+    """Unique among all that go into one folder: its key, below its shard's name where it comes from one."""
+
+    key: str
+    """Of its sample."""
+
+    path: Path
+    """The video file, or the shard that holds it."""
+
+    size: int
+    """Bytes."""
+
+    shard: str | None = None
+    """Name of the shard that holds it, below the folder that was named, without `.tar`."""
+
+    offset: int = 0
+    """Where it begins in the shard."""
+
+    @property
+    def source(self) -> str:
+        """As it is told to people."""
+        return str(self.path) if self.shard is None else f"{self.path}/{self.key}.mp4"
+
+
+def find(sources: Sequence[Path], out: Path) -> list[Video]:
+    """All videos among the sources, in order: those of a folder's tar shards, or video files.
+
+    Raises:
+        ConfigError: if there is none, shards are mixed with anything else, a shard is torn, or `out` lies in a source.
+    """
+    for source in sources:
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(f"{out} lies in {source}, which is read: choose another folder for --out")
+    shards = [(source, shard) for source in sources for shard in _shards(source)]
+    if not shards:
+        return [Video(key, key, path, path.stat().st_size) for path, key in _named_videos(sources)]
+    if len(sources) > 1 or _holds_videos(sources[0]):
+        raise ConfigError(f"{shards[0][1]} is a shard among other sources: name one folder of shards, or only videos")
+    videos = [video for source, shard in shards for video in _members(shard, _name_below(shard, source))]
+    if not videos:
+        raise ConfigError(f"no shard in {sources[0]} holds a video in the field mp4: pack videos into it first")
+    return videos
+
+
+@contextmanager
+def opened(video: Video) -> Iterator[Path]:
+    """A path under which a video can be opened, also where it lies in a shard."""
+    if video.shard is None:
+        yield video.path
+        return
+    descriptor = os.memfd_create("video", os.MFD_CLOEXEC)
+    try:
+        with video.path.open("rb") as shard, open(descriptor, "wb", closefd=False) as copy:
+            shard.seek(video.offset)
+            copy.write(shard.read(video.size))
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def look_into(path: Path) -> VideoInfo:
+    """What a video says of itself.
+
+    Raises:
+        UndecodableError: if it can't be opened, or is cut short.
+    """
+    try:
+        info = probe(path)
+    except ValueError as error:
+        raise UndecodableError(str(error).replace(f"{path} ", "it ", 1)) from error
+    if info.frames < info.frames_promised:
+        raise UndecodableError(f"it is cut short: {info.frames} of {info.frames_promised} frames are there")
+    return info
+
+
+def decoded(path: Path, max_frames: int | None) -> Iterator[np.ndarray]:
+    """A video's frames, uint8 [H, W, 3] of one size.
+
+    Raises:
+        UndecodableError: where it is damaged, or its size changes.
+    """
+    shape = None
+    try:
+        for frame in read_frames(path, stop=max_frames):
+            shape = shape or frame.shape
+            if frame.shape != shape:
+                raise UndecodableError(f"its frames change from {shape[1]} x {shape[0]} pixels to another size")
+            yield frame
+    except av.FFmpegError as error:
+        raise UndecodableError(f"it is damaged: {error.strerror}") from error
+
+
+def _shards(source: Path) -> list[Path]:
+    if source.is_dir():
+        return [shard for shard in sorted(source.rglob("*.tar")) if not shard.name.startswith(".")]
+    return [source] if source.suffix == ".tar" and source.is_file() else []
+
+
+def _holds_videos(source: Path) -> bool:
+    try:
+        return source.is_dir() and bool(find_videos([source]))
+    except ConfigError:
+        return False
+
+
+def _name_below(shard: Path, source: Path) -> str:
+    return (shard.relative_to(source) if source.is_dir() else Path(shard.name)).with_suffix("").as_posix()
+
+
+def _members(shard: Path, name: str) -> Iterator[Video]:
+    """The videos in a shard; a key ends at the first dot of a member's name, as WebDataset has it."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                parts = re.fullmatch(r"((?:.*/)?[^/.]+)\.mp4", member.name)
+                if parts is None or not member.isfile():
+                    continue
+                key = parts[1]
+                if ".." in PurePosixPath(key).parts or key.startswith("/"):
+                    raise ConfigError(f"{shard} holds {member.name}, which points out of it: pack it again")
+                yield Video(f"{name}/{key}", key, shard, member.size, name, member.offset_data)
+    except (tarfile.TarError, OSError) as error:
+        raise ConfigError(f"{shard} can't be read as a tar ({error}): pack it again") from None
