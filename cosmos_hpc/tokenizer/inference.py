@@ -1,6 +1,6 @@
 """Encode and decode whole videos of any length and size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
+from cosmos_hpc.tokenizer.tiles import Tile, blend_tiles
 from cosmos_hpc.tokenizer.weights import load_tokenizer
 
 
@@ -54,9 +55,10 @@ def windows(num_latent_frames: int, length: int, overlap: int) -> Iterator[Windo
 
 
 class Tokenizer:
-    """A network in eval mode with what real videos need around it: scaling, padding, cropping, windows in time.
+    """A network in eval mode with what real videos need around it: scaling, padding, cropping, windows, tiles.
 
-    Long videos go through in windows, so memory stays bounded and the result does not depend on the length.
+    Long videos go through in windows, so memory stays bounded and the result does not depend on the length. Large
+    frames go through in tiles if asked; the network looks at whole frames, so tiles change the result a little.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Tokenizer:
         *,
         window_frames: int = 65,
         overlap_frames: int = 24,
+        tile_size: int | None = None,
+        tile_overlap: int = 64,
     ) -> None:
         """Wrap a network where it lies, in its own dtype.
 
@@ -72,6 +76,11 @@ class Tokenizer:
             network: set to eval mode.
             window_frames: frames that go through at once; more give the same result and take more memory.
             overlap_frames: frames that lead in each window but the first.
+            tile_size: pixels along the sides of the tiles that larger frames are cut into; None takes frames whole.
+            tile_overlap: pixels over which neighbouring tiles are blended.
+
+        Raises:
+            ConfigError: on windows or tiles that can't overlap as asked.
         """
         self.network = network.eval()
         self.architecture = network.architecture
@@ -83,6 +92,14 @@ class Tokenizer:
                 f"windows of {window_frames} frames can't overlap by {overlap_frames}: "
                 f"let them overlap by at least {stride} and by less than their length"
             )
+        step = self.architecture.spatial_compression
+        self.tile_length = None if tile_size is None else tile_size // step
+        self.tile_overlap = tile_overlap // step
+        if self.tile_length is not None and not 1 <= self.tile_overlap < self.tile_length:
+            raise ConfigError(
+                f"tiles of {tile_size} pixels can't overlap by {tile_overlap}: "
+                f"let them overlap by at least {step} and by less than their size"
+            )
 
     @classmethod
     def from_weights(
@@ -90,13 +107,17 @@ class Tokenizer:
         source: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        tile_size: int | None = None,
+        tile_overlap: int = 64,
     ) -> Self:
         """Load any weights: a run, a checkpoint, an export or a released tokenizer.
 
         Raises:
             ConfigError: if they are not those of a Cosmos video tokenizer.
         """
-        return cls(load_tokenizer(Path(source)).to(device, dtype))
+        network = load_tokenizer(Path(source)).to(device, dtype)
+        return cls(network, tile_size=tile_size, tile_overlap=tile_overlap)
 
     @torch.inference_mode()
     def encode(self, video: np.ndarray | Tensor) -> EncodedVideo:
@@ -116,8 +137,7 @@ class Tokenizer:
         num_latent_frames = 1 + -(-(num_frames - 1) // stride)
         parts = []
         for window in windows(num_latent_frames, self.window_length, self.overlap):
-            frames = video[window.start * stride : 1 + (window.stop - 1) * stride]
-            latents = self._encode_clip(self._padded(frames, 1 + (window.stop - window.start - 1) * stride))
+            latents = self._encode_window(video[window.start * stride : 1 + (window.stop - 1) * stride])
             parts.append(latents[..., window.kept_from - window.start :, :, :].squeeze(0).cpu())
         return EncodedVideo(torch.cat(parts, -3), num_frames, height, width)
 
@@ -128,7 +148,7 @@ class Tokenizer:
         stride = self.architecture.temporal_compression
         parts = []
         for window in windows(latents.shape[-3], self.window_length, self.overlap):
-            clip = self._decode_clip(latents[..., window.start : window.stop, :, :])
+            clip = self._decode_window(latents[..., window.start : window.stop, :, :])
             num_lead_in = 0 if window.kept_from == 0 else 1 + (window.kept_from - window.start - 1) * stride
             parts.append(self._to_uint8(clip[0, :, num_lead_in:, : encoded.height, : encoded.width]))
         return torch.cat(parts)[: encoded.num_frames].numpy()
@@ -137,27 +157,52 @@ class Tokenizer:
         """A video [T, H, W, 3] through encoder and decoder: uint8 of the same shape."""
         return self.decode(self.encode(video))
 
-    def _encode_clip(self, clip: Tensor) -> Tensor:
-        """[1, 3, T, H, W] of valid size to latents [1, 16, T', H', W'] or indices [1, T', H', W']."""
-        if isinstance(self.network, DiscreteTokenizer):
-            return self.network.encode_indices(clip)
-        return self.network.encode(clip)
+    def _encode_window(self, frames: Tensor) -> Tensor:
+        """[T, H, W, 3] of any size to latents [1, 16, T', H', W'] or indices [1, T', H', W']."""
+        step = self.architecture.spatial_compression
 
-    def _decode_clip(self, latents: Tensor) -> Tensor:
-        """Undo `_encode_clip`."""
+        def encode_tile(tile: Tile) -> Tensor:
+            y, x = (slice(side.start * step, side.stop * step) for side in tile)
+            clip = self._padded(frames[:, y, x], tile)
+            self.architecture.check_clips(clip.shape)
+            return self.network.quant_conv(self.network.encoder(clip))
+
+        height, width = (-(-size // step) for size in frames.shape[1:3])
         weight = self.network.post_quant_conv.conv3d.weight
-        if isinstance(self.network, DiscreteTokenizer):
-            return self.network.decode_indices(latents.to(weight.device))
-        return self.network.decode(latents.to(weight))
+        latents = self._in_tiles(height, width, 1, encode_tile).to(weight)
+        if isinstance(self.network, DiscreteTokenizer):  # rounded after blending, since indices have no mean
+            return self.network.quantizer.codes_to_indices(self.network.quantizer(latents))
+        return latents
 
-    def _padded(self, frames: Tensor, num_frames: int) -> Tensor:
-        """Frames [T, H, W, 3] as a clip of valid size where the network is; edges and the last frame are repeated."""
+    def _decode_window(self, latents: Tensor) -> Tensor:
+        """Undo `_encode_window`: to a clip [1, 3, T, H, W], H and W multiples of the compression."""
+        weight = self.network.post_quant_conv.conv3d.weight
+
+        def decode_tile(tile: Tile) -> Tensor:
+            part = latents[..., tile.rows, tile.columns]
+            if isinstance(self.network, DiscreteTokenizer):
+                return self.network.decode_indices(part.to(weight.device))
+            return self.network.decode(part.to(weight))
+
+        height, width = latents.shape[-2:]
+        return self._in_tiles(height, width, self.architecture.spatial_compression, decode_tile)
+
+    def _in_tiles(self, height: int, width: int, scale: int, compute: Callable[[Tile], Tensor]) -> Tensor:
+        """A frame of height x width latent cells, whole or in tiles."""
+        length = max(height, width) if self.tile_length is None else self.tile_length
+        return blend_tiles(height, width, length, self.tile_overlap, scale, compute)
+
+    def _padded(self, frames: Tensor, tile: Tile) -> Tensor:
+        """Frames [T, H, W, 3] as a clip that fills a tile, where the network is; edges and last frame are repeated."""
         weight = self.network.post_quant_conv.conv3d.weight
         clip = frames.to(weight.device).permute(3, 0, 1, 2).unsqueeze(0)
         clip = clip.float() / 127.5 - 1 if frames.dtype == torch.uint8 else clip.float()
         step = self.architecture.spatial_compression
-        _, _, present, height, width = clip.shape
-        padding = (0, -width % step, 0, -height % step, 0, num_frames - present)
+        num_frames, height, width = clip.shape[2:]
+        bottom, right = (
+            (side.stop - side.start) * step - size for side, size in zip(tile, (height, width), strict=True)
+        )
+        padding = (0, right, 0, bottom, 0, (1 - num_frames) % self.architecture.temporal_compression)
         return F.pad(clip, padding, mode="replicate").to(weight.dtype)
 
     def _to_uint8(self, clip: Tensor) -> Tensor:

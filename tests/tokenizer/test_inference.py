@@ -1,5 +1,7 @@
 """Whole videos of any length and size go through, and no seam shows."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import LossConfig, ModelConfig
 from cosmos_hpc.tokenizer import Tokenizer, reconstruction_loss, starting_tokenizer
 from cosmos_hpc.tokenizer.inference import Window, windows
+from cosmos_hpc.tokenizer.tiles import spans
 
 
 def moving_pattern(num_frames: int, height: int, width: int, seed: int) -> np.ndarray:
@@ -23,6 +26,10 @@ def moving_pattern(num_frames: int, height: int, width: int, seed: int) -> np.nd
 def frame_psnr(video: np.ndarray, other: np.ndarray) -> np.ndarray:
     error = np.square(video.astype(float) - other).mean(axis=(1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(error, 1e-6))
+
+
+def pixel_psnr(video: np.ndarray, other: np.ndarray, where: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.square(video.astype(float) - other)[:, where].mean())
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,50 @@ def test_no_seam_shows_where_windows_meet(trained):
     assert abs((psnr - psnr_whole)[at_seams].mean()) < 0.1
     assert abs((psnr - psnr_whole)[interior].mean()) < 0.1
     assert frame_psnr(whole, pieced)[at_seams].min() > 40
+
+
+def test_no_seam_shows_where_tiles_meet(trained):
+    height, width = 128, 192
+    video = moving_pattern(17, height, width, seed=99)
+    whole = Tokenizer(trained).reconstruct(video)
+    tiled = Tokenizer(trained, tile_size=80, tile_overlap=32).reconstruct(video)
+    is_shared = np.zeros((height, width), bool)  # by two tiles or more
+    for axis in (is_shared, is_shared.T):
+        pieces = spans(len(axis) // 8, 10, 4)
+        for one, other in pairwise(pieces):
+            axis[other.start * 8 : one.stop * 8] = True
+    psnr, psnr_whole = (
+        [pixel_psnr(video, other, where) for where in (is_shared, ~is_shared)] for other in (tiled, whole)
+    )
+    assert min(psnr_whole) > 10  # the network has learnt something
+    assert abs(psnr[0] - psnr_whole[0]) < 0.1
+    assert abs(psnr[1] - psnr_whole[1]) < 0.1
+    steps, steps_whole = (np.abs(np.diff(v.astype(float), axis=2)).mean(axis=(0, 1, 3)) for v in (tiled, whole))
+    assert (steps - steps_whole).max() < 0.25 * steps_whole.mean()  # from one column to the next
+
+
+@pytest.mark.parametrize("kind", ["CV8x8x8", "DV8x16x16"])
+def test_network_sees_one_tile_at_a_time(small, kind):
+    network, seen = small(kind), []
+    for module in (network.encoder.patcher3d, network.decoder.unpatcher3d):
+        module.register_forward_hook(
+            lambda module, inputs, output: seen.append((inputs[0] if output.shape[1] > 3 else output).shape)
+        )
+    video = moving_pattern(9, 100, 70, seed=5)
+    back = Tokenizer(network, tile_size=48, tile_overlap=16).reconstruct(video)
+    assert back.shape == video.shape
+    assert len(seen) == 2 * 3 * 2
+    assert {tuple(shape[2:]) for shape in seen} == {(9, 48, 48)}
+
+
+@pytest.mark.parametrize("kind", ["CV8x8x8", "DV8x16x16"])
+def test_frame_that_fits_into_one_tile_is_taken_whole(small, kind):
+    video = moving_pattern(9, 40, 48, seed=6)
+    expected, found = (
+        Tokenizer(small(kind)).encode(video),
+        Tokenizer(small(kind), tile_size=64, tile_overlap=16).encode(video),
+    )
+    assert found.latents.equal(expected.latents)
 
 
 @pytest.mark.parametrize("kind", ["CV8x8x8", "DV8x16x16"])
@@ -105,3 +156,5 @@ def test_what_is_no_video_is_refused(small):
         Tokenizer(small("CV8x8x8")).encode(np.zeros((3, 9, 16, 16), np.uint8))
     with pytest.raises(ConfigError, match="windows of 17 frames can't overlap by 24: let them overlap by at least 8"):
         Tokenizer(small("CV8x8x8"), window_frames=17)
+    with pytest.raises(ConfigError, match="tiles of 64 pixels can't overlap by 64: let them overlap by at least 8"):
+        Tokenizer(small("CV8x8x8"), tile_size=64, tile_overlap=64)
