@@ -9,6 +9,9 @@ from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.container import container_prefix
 
+CALLERS_GPUS = "COSMOS_HPC_CUDA_VISIBLE_DEVICES"
+"""What CUDA_VISIBLE_DEVICES was to the caller of a local submission, if it was set."""
+
 
 def step_command(run: RunConfig, folder: RunFolder, attempt: int) -> list[str]:
     """One process per GPU on every node, each `python -m cosmos_hpc.train` on the run folder."""
@@ -23,8 +26,13 @@ def step_command(run: RunConfig, folder: RunFolder, attempt: int) -> list[str]:
 
 def step_environment(run: RunConfig, master_address: str, master_port: int) -> dict[str, str]:
     """Variables of the ranks: this process's own, where they meet, and what the profiles set."""
+    environment = dict(os.environ)
+    if run.cluster.executor == "local":
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # submitit's, which hides every GPU
+        if CALLERS_GPUS in environment:
+            environment["CUDA_VISIBLE_DEVICES"] = environment[CALLERS_GPUS]
     return {
-        **os.environ,
+        **environment,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",  # a job downloads nothing

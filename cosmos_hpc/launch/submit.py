@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config, to_yaml
@@ -20,6 +19,7 @@ from cosmos_hpc.launch.directives import directives
 from cosmos_hpc.launch.local import is_locked
 from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.status import is_pending
+from cosmos_hpc.launch.step import CALLERS_GPUS
 
 MakeJob = Callable[[Path], Callable[[], None]]
 """Turns a run folder into the callable that the scheduler runs."""
@@ -159,7 +159,7 @@ def _send(
     is_local = run.cluster.executor == "local"
     executor = submitit.AutoExecutor(folder=experiment.submitit, cluster=run.cluster.executor)
     if is_local:
-        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN, **_gpus(run.trainer.devices))
+        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN)
     else:
         executor.update_parameters(**directives(run, max_parallel))
     try:
@@ -170,22 +170,19 @@ def _send(
     return [job.job_id for job in submitted]
 
 
-def _gpus(count: int) -> dict[str, Any]:
-    """GPUs of a local job, as submitit will name them to it: those that the caller sees, or the first ones."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return {"gpus_per_node": count}
-    numbers = tuple(int(number) for number in visible.split(",") if number.strip().isdecimal())
-    return {"gpus_per_node": min(count, len(numbers)), "visible_gpus": numbers}
-
-
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
-    """Processes started inside outlive Ctrl-C and the closing of the terminal, as jobs of a cluster do."""
+    """Processes started inside outlive Ctrl-C and the closing of the terminal, as jobs of a cluster do.
+
+    They learn which GPUs the caller sees by another name, since submitit overwrites the usual one.
+    """
     kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        os.environ[CALLERS_GPUS] = os.environ["CUDA_VISIBLE_DEVICES"]
     try:
         yield
     finally:
+        os.environ.pop(CALLERS_GPUS, None)
         for number, handler in kept.items():
             signal.signal(number, handler)
 

@@ -71,3 +71,11 @@ def test_a_container_sees_code_run_data_and_the_whole_repository_of_cached_weigh
     (mounts,) = [flag for flag in step_command(inside, RunFolder(Path("/r/000-a")), 0) if "container-mounts" in flag]
     for path in ("/r/000-a", "/data/roads", snapshot.parents[1]):
         assert f"{path}:{path}" in mounts
+
+
+def test_a_local_job_sees_the_gpus_that_its_caller_saw(monkeypatch):
+    local = run("cluster.executor=local")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit leaves it
+    assert "CUDA_VISIBLE_DEVICES" not in step_environment(local, "localhost", 1)
+    monkeypatch.setenv("COSMOS_HPC_CUDA_VISIBLE_DEVICES", "2,3")
+    assert step_environment(local, "localhost", 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
