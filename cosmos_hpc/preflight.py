@@ -1,6 +1,7 @@
 """What is checked of a run's inputs before anything starts; light enough for a login node."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
@@ -9,11 +10,13 @@ from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_s
 
 
 def check_inputs(run: RunConfig) -> None:
-    """Refuse a run whose data is not there or too little.
+    """Refuse a run whose data is not there or too little, or whose tracking has no key.
 
     Raises:
         ConfigError: with the setting, what it points to, and the mend.
     """
+    if run.wandb.mode == "online" and not os.environ.get(run.wandb.api_key_env):
+        raise ConfigError(f"wandb.mode is online, but {run.wandb.api_key_env} is not set: export it, or set offline")
     check_dataset(run.data.path)
     path = Path(run.data.path or "")
     streams = run.data.num_streams

@@ -16,6 +16,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.local import is_locked
 from cosmos_hpc.launch.submit import lay_out
 from cosmos_hpc.preflight import check_inputs, with_local_weights
 from cosmos_hpc.ranks import (
@@ -116,6 +117,8 @@ def _command_line_config(overrides: list[str], rank: Rank) -> RunConfig:
 
 def _lay_out_attempt(config: RunConfig) -> Attempt:
     (folder,) = ExperimentFolder(runs_folder() / config.name).place([config])
+    if is_locked(folder.supervisor_lock):
+        raise ConfigError(f"{folder.label} is being trained by a supervisor: `cosmos-hpc cancel {folder.label}` first")
     return Attempt(folder, lay_out(config, folder), folder.next_attempt())
 
 

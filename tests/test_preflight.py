@@ -2,7 +2,7 @@ import pytest
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.preflight import with_local_weights
+from cosmos_hpc.preflight import check_inputs, with_local_weights
 
 
 def run(weights: str):
@@ -25,3 +25,10 @@ def test_a_repository_that_was_not_fetched_is_refused_with_the_command(tmp_path,
 def test_a_path_that_does_not_exist_is_refused(weights):
     with pytest.raises(ConfigError, match="does not exist: name a folder"):
         with_local_weights(run(weights))
+
+
+def test_online_tracking_without_a_key_is_refused(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = resolve(load_experiment(None, ["data.path=/x", "wandb.mode=online"]), {})
+    with pytest.raises(ConfigError, match="WANDB_API_KEY is not set"):
+        check_inputs(config)
