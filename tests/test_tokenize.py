@@ -14,7 +14,9 @@ import pytest
 import torch
 import webdataset
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+from cosmos_hpc.cli import app
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import ModelConfig
 from cosmos_hpc.data.pack import pack
@@ -147,32 +149,34 @@ def test_undecodable_videos_are_named_with_the_reason_and_the_rest_is_done(tmp_p
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video at all")
     (tmp_path / "videos" / "c.mp4").write_bytes(whole[:600])
     (tmp_path / "videos" / "d.mp4").write_bytes(b"")
+    begin = whole.index(b"mdat") + 4
+    (tmp_path / "videos" / "e.mp4").write_bytes(whole[:begin] + b"\xff" * 2000 + whole[begin + 2000 :])
     summary = tokenize([tmp_path / "videos"], cv, tmp_path / "out", to=to)
     assert (summary.videos, summary.files) == (1, 1)
-    assert [Path(video).name for video, _ in summary.skipped] == ["a.mp4", "c.mp4", "d.mp4"]
-    assert all("can't be opened as a video" in reason for _, reason in summary.skipped)
+    assert [Path(video).name for video, _ in summary.skipped] == ["a.mp4", "c.mp4", "d.mp4", "e.mp4"]
+    assert all(reason.startswith("it can't be opened as a video") for _, reason in summary.skipped[:3])
+    assert summary.skipped[3][1].startswith("it is damaged: ")
     again = tokenize([tmp_path / "videos"], cv, tmp_path / "out", to=to)
-    assert (again.videos, again.kept, again.skipped) == (0, 4, summary.skipped)
+    assert (again.videos, again.kept, again.skipped) == (0, 5, summary.skipped)
     (tmp_path / "videos" / "a.mp4").write_bytes(whole)  # mended
-    assert tokenize([tmp_path / "videos"], cv, tmp_path / "out", to=to)[:5] == (1, 30, 1, again_size(tmp_path, to), 3)
-
-
-def again_size(folder: Path, to: str) -> int:
-    return (folder / "out" / ("shard-000001.tar" if to == "shards" else "a.safetensors")).stat().st_size
+    third = tokenize([tmp_path / "videos"], cv, tmp_path / "out", to=to)
+    assert (third.videos, third.frames, third.kept, len(third.skipped)) == (1, 30, 4, 3)
+    written = tmp_path / "out" / {"shards": "shard-000001.tar", "safetensors": "a.safetensors"}[to]
+    assert written.stat().st_size == third.bytes
 
 
 def test_broken_video_inside_a_shard_is_named(tmp_path, cv):
     shard = tmp_path / "shards" / "mixed.tar"
     shard.parent.mkdir()
-    good = film(tmp_path / "good.mp4")
+    good, long_key = film(tmp_path / "good.mp4"), "g" * 96
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with tarfile.open(shard, "w") as archive:
-        for file in (good, tmp_path / "bad.mp4"):
-            archive.add(file, file.name)
+        archive.add(good, f"{long_key}.mp4")  # a field's longer name no longer fits into plain tar headers
+        archive.add(tmp_path / "bad.mp4", "bad.mp4")
     summary = tokenize([shard], cv, tmp_path / "out")
     assert (summary.videos, [video for video, _ in summary.skipped]) == (1, [f"{shard}/bad.mp4"])
     assert summary.skipped[0][1].startswith("it can't be opened as a video")
-    assert [sample["__key__"] for sample in samples_in(tmp_path / "out" / "mixed.tar")] == ["good"]
+    assert [sample["__key__"] for sample in samples_in(tmp_path / "out" / "mixed.tar")] == [long_key]
 
 
 def test_nothing_that_can_be_tokenized_is_an_error(tmp_path, cv):
@@ -292,10 +296,6 @@ def test_two_calls_at_once_do_not_mix(tmp_path, cv):
 
 
 def test_command_prints_what_was_done_and_what_was_left_out(tmp_path, cv):
-    from typer.testing import CliRunner
-
-    from cosmos_hpc.cli import app
-
     film(tmp_path / "videos" / "a.mp4")
     (tmp_path / "videos" / "b.mp4").write_bytes(b"no video")
     arguments = ["tokenize", str(tmp_path / "videos"), "--weights", str(cv), "--out", str(tmp_path / "out")]

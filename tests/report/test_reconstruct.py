@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from report_parts import film, grey_state, run_config, save_checkpoint
+from typer.testing import CliRunner
 
+from cosmos_hpc.cli import app
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.data.video_file import probe, read_frames, write_mp4
@@ -125,3 +127,14 @@ def test_no_video_that_can_be_reconstructed_is_an_error(tmp_path: Path, grey: Pa
     write_mp4(tmp_path / "out" / "pair.mp4", film(60), fps=10)
     with pytest.raises(ConfigError, match=r"all videos of .*out lie in .*out: choose another folder for --out"):
         reconstruct_all([tmp_path / "out"], grey, tmp_path / "out")
+
+
+def test_command_names_what_it_wrote_left_out_and_found_there(tmp_path: Path, grey: Path) -> None:
+    write_mp4(tmp_path / "road.mp4", film(60, num_frames=3), fps=10)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video at all")
+    out = tmp_path / "out"
+    arguments = ["reconstruct", str(tmp_path), "--weights", str(grey), "--out", str(out)]
+    first, second = CliRunner().invoke(app, arguments), CliRunner().invoke(app, arguments)
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    assert f"{out}/road.mp4\nleft out: {tmp_path}/broken.mp4 can't be opened as a video" in first.stdout
+    assert f"1 were in {out} already; --overwrite writes them anew" in second.stdout
