@@ -44,13 +44,15 @@ def diffusers_class() -> Any:
     """`diffusers.AutoencoderKLCosmos`.
 
     Raises:
-        ConfigError: if diffusers is not installed, or too old.
+        ConfigError: if diffusers is not installed whole, or too old.
     """
     try:
         return importlib.import_module("diffusers").AutoencoderKLCosmos  # an optional extra
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, RuntimeError) as error:  # the last if a package that it needs is missing
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"exporting to diffusers needs its AutoencoderKLCosmos ({error}): run `pip install 'cosmos-hpc[diffusers]'`"
+            f"exporting to diffusers needs its AutoencoderKLCosmos ({reason}): "
+            "run `pip install 'cosmos-hpc[diffusers]'`"
         ) from error
 
 
