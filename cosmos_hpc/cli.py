@@ -5,6 +5,7 @@ Heavy modules are imported inside the verbs that need them: a login node answers
 
 import dataclasses
 import json
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -180,7 +181,7 @@ def submit(
         print_plan(runs, placed)
         print(f"sent {len(jobs)} of {len(placed)} runs; see: cosmos-hpc status {experiment.name}")
     if wait:
-        _wait([run.folder for run in placed], f"cosmos-hpc submit {' '.join(map(str, [job, *(overrides or [])]))}")
+        _wait([run.folder for run in placed], shlex.join(["cosmos-hpc", "submit", str(job), *(overrides or [])]))
 
 
 @app.command()
@@ -205,7 +206,7 @@ def cancel(run: RunName) -> None:
     from cosmos_hpc.launch.status import cancel as cancel_run
 
     for folder in _runs(run):
-        print(f"{folder.label}: {'asked to save and stop' if cancel_run(folder) else 'not running'}")
+        print(f"{folder.label}: {cancel_run(folder)}")
 
 
 @app.command()
@@ -218,9 +219,11 @@ def logs(
     """Print a rank's log."""
     from cosmos_hpc.launch.logs import read_log
 
-    for folder in _runs(run)[:1]:
-        for text in read_log(folder, rank, attempt, follow=follow):
-            print(text, end="", flush=True)
+    found = _runs(run)
+    if len(found) > 1:
+        raise ConfigError(f"{run} names {len(found)} runs: choose one of {', '.join(one.label for one in found)}")
+    for text in read_log(found[0], rank, attempt, follow=follow):
+        print(text, end="", flush=True)
 
 
 @app.command()
@@ -427,8 +430,11 @@ def _shares(text: str) -> tuple[float, float, float]:
 
 def _wait(folders: "list[RunFolder]", again: str) -> None:
     from cosmos_hpc.launch.follow import follow
+    from cosmos_hpc.launch.status import run_status
+    from cosmos_hpc.tables import print_status
 
     failed = follow(folders, again)
+    print_status([run_status(folder) for folder in folders])
     if failed:
         raise typer.Exit(1)
 
