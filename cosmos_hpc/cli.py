@@ -47,6 +47,7 @@ class TokenFormat(StrEnum):
 
     SHARDS = "shards"
     SAFETENSORS = "safetensors"
+    DIFFUSERS = "diffusers"
 
 
 class ExportDtype(StrEnum):
@@ -256,24 +257,33 @@ def export(
     source: Annotated[str, typer.Argument(help="Run (EXPERIMENT/RUN), checkpoint or folder of weights.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; exports/FORMAT in the run if left out.")] = None,
     to: Annotated[
-        ExportFormat, typer.Option(help="jit: encoder.jit, decoder.jit, autoencoder.jit; pt: model.pt; safetensors.")
+        ExportFormat,
+        typer.Option(
+            help="jit: encoder.jit, decoder.jit, autoencoder.jit; pt: model.pt; safetensors; diffusers: a folder."
+        ),
     ] = ExportFormat.JIT,
     dtype: Annotated[ExportDtype, typer.Option(help="Type of the weights.")] = ExportDtype.FP32,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="mean_std.pt of the latents, to export beside CV weights whose encoder is the same."),
+    ] = None,
 ) -> None:
     """Write weights in the form of the released Cosmos tokenizers, verified before they get their name."""
     import torch
 
     from cosmos_hpc.config.run_folder import RunFolder
     from cosmos_hpc.ranks import set_up_logging
-    from cosmos_hpc.tokenizer.weights import export as export_weights
-    from cosmos_hpc.tokenizer.weights import load_tokenizer
+    from cosmos_hpc.tokenizer import export as export_weights
+    from cosmos_hpc.tokenizer import load_tokenizer, read_latent_statistics
 
     set_up_logging()  # tells the difference that the check found
     weights = _weights(source)
     if out is None and not RunFolder(weights).config.exists():
         raise ConfigError(f"{source} is no run: say where to write with --out FOLDER")
     torch_dtype = torch.bfloat16 if dtype is ExportDtype.BF16 else torch.float32
-    for file in export_weights(load_tokenizer(weights), out or RunFolder(weights).exports / to, to, torch_dtype):
+    spread = None if statistics is None else read_latent_statistics(statistics)
+    target = out or RunFolder(weights).exports / to
+    for file in export_weights(load_tokenizer(weights), target, to, torch_dtype, spread):
         print(file)
 
 

@@ -38,7 +38,7 @@ def find_videos(sources: Sequence[Path]) -> list[Path]:
     Raises:
         ConfigError: if a source is not there or no video is found.
     """
-    return [video for video, _ in _named_videos(sources)]
+    return [video for video, _ in named_videos(sources)]
 
 
 def pack(
@@ -70,7 +70,7 @@ def pack(
         )
     if any(out.glob("shard-*.tar")):
         raise ConfigError(f"{out} holds shards already: remove them, or choose another folder for --out")
-    named = _named_videos(sources)
+    named = named_videos(sources)
     out.mkdir(parents=True, exist_ok=True)
     refused: list[tuple[Path, str]] = []
     shards = _ShardSequence(out, shard_size_mib * MIB, max_clips_per_shard)
@@ -150,7 +150,7 @@ class _ShardSequence:
             self._writer = None
 
 
-def _named_videos(sources: Sequence[Path]) -> list[tuple[Path, str]]:
+def named_videos(sources: Sequence[Path]) -> list[tuple[Path, str]]:
     """Each video once, with its key."""
     found: dict[Path, tuple[Path, str]] = {}
     taken: set[str] = set()

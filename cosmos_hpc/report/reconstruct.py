@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.data.pack import _named_videos
+from cosmos_hpc.data.pack import named_videos
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, write_mp4
 from cosmos_hpc.report.evaluate import compute_device
 from cosmos_hpc.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def reconstruct_all(
     _check_max_frames(max_frames)
     targets = {
         video: out / f"{key}.mp4"
-        for video, key in _named_videos(sources)
+        for video, key in named_videos(sources)
         if out.resolve() not in video.resolve().parents
     }
     if not targets:

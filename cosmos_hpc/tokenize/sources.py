@@ -13,7 +13,7 @@ import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.data.pack import _named_videos, find_videos
+from cosmos_hpc.data.pack import find_videos, named_videos
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
 
 
@@ -55,7 +55,7 @@ def find(sources: Sequence[Path], out: Path) -> list[Video]:
             raise ConfigError(f"{out} lies in {source}, which is read: choose another folder for --out")
     shards = [(source, shard) for source in sources for shard in _shards(source)]
     if not shards:
-        return [Video(key, key, path, path.stat().st_size) for path, key in _named_videos(sources)]
+        return [Video(key, key, path, path.stat().st_size) for path, key in named_videos(sources)]
     if len(sources) > 1 or _holds_videos(sources[0]):
         raise ConfigError(f"{shards[0][1]} is a shard among other sources: name one folder of shards, or only videos")
     videos = [video for source, shard in shards for video in _members(shard, _name_below(shard, source))]

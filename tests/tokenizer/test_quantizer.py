@@ -7,6 +7,8 @@ import pytest
 import torch
 from golden_vectors import error, largest_difference, load
 
+from cosmos_hpc.config.schema import ModelConfig
+from cosmos_hpc.tokenizer import build_tokenizer
 from cosmos_hpc.tokenizer.architecture import FSQ_LEVELS
 from cosmos_hpc.tokenizer.quantizer import FiniteScalarQuantizer
 
@@ -78,3 +80,12 @@ def test_autocast_does_not_coarsen_the_rounding(quantizer):
     with torch.autocast("cpu", torch.bfloat16):
         assert quantizer(latents).equal(quantizer(latents.clone()))
         assert (quantizer.codes_to_indices(quantizer(latents)).numpy() == RECORDED["indices"]).all()
+
+
+def test_a_bfloat16_decoder_makes_the_same_of_indices_and_of_codes():
+    tokenizer = build_tokenizer(ModelConfig(model="Cosmos-1.0-Tokenizer-DV8x16x16", channels=8)).to(torch.bfloat16)
+    clips = (torch.rand(1, 3, 9, 32, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).bfloat16()
+    with torch.no_grad():
+        from_codes = tokenizer.decode(tokenizer.encode(clips))
+        from_indices = tokenizer.decode_indices(tokenizer.encode_indices(clips))
+    assert from_indices.equal(from_codes)
