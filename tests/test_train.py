@@ -15,7 +15,8 @@ from cosmos_hpc.tokenizer.weights import export_jit
 
 SMALL = [
     "model.channels=4",
-    "data.micro_batch_size=4",
+    "data.micro_batch_size=2",
+    "data.global_batch_size=4",
     "data.num_frames=9",
     "data.crop_size=32",
     "data.num_workers=1",
@@ -47,7 +48,7 @@ def test_the_guides_line_trains_from_given_weights_and_goes_on_after_ctrl_c(tmp_
         f"data.path={dataset}",
         f"model.jit_ckpt_pth={tmp_path / 'weights'}",
         "model.model=Cosmos-1.0-Tokenizer-CV8x8x8",
-        "trainer.max_steps=40",
+        "trainer.max_steps=24",
         *SMALL,
     ]
     first = torchrun(tmp_path, *line)
@@ -64,15 +65,15 @@ def test_the_guides_line_trains_from_given_weights_and_goes_on_after_ctrl_c(tmp_
     assert saved is not None, said
     assert f"interrupted: step {int(saved.name[5:])} is saved" in said
     assert "the same command goes on from there" in said
-    assert saved < run.checkpoint(40)
+    assert saved < run.checkpoint(24)
 
     second = torchrun(tmp_path, *line)
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
     assert f"resumed from {saved}" in said
     assert experiment.runs() == [run]
-    assert steps(run) == list(range(41))
-    assert run.newest_checkpoint() == run.checkpoint(40)
+    assert steps(run) == list(range(25))
+    assert run.newest_checkpoint() == run.checkpoint(24)
 
 
 def test_a_wrong_setting_on_the_guides_line_is_told_in_one_line(tmp_path, dataset):
