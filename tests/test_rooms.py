@@ -52,3 +52,15 @@ def test_verbs_of_the_login_node_import_no_torch(verb, quick_job):
         "assert 'torch' not in sys.modules, 'torch was imported'",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=quick_job.parent)
+
+
+def test_help_imports_neither_torch_nor_rich(tmp_path):
+    lines = [
+        "import sys",
+        "from cosmos_hpc.cli import main",
+        "sys.argv = ['cosmos-hpc', 'plan', '--help']",
+        "try: main()",
+        "except SystemExit: pass",
+        "assert not {'torch', 'rich', 'omegaconf'} & sys.modules.keys()",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=tmp_path)
