@@ -19,9 +19,7 @@ def check_inputs(run: RunConfig) -> None:
         raise ConfigError(f"wandb.mode is online, but {run.wandb.api_key_env} is not set: export it, or set offline")
     check_dataset(run.data.path)
     path = Path(run.data.path or "")
-    streams = run.data.num_streams
-    if streams is None:
-        streams = run.data.num_workers * run.trainer.world_size
+    streams = run.num_streams
     samples = None if is_metadataset(path) else split_sizes(path)["train"]
     if samples is not None and samples < max(streams, run.trainer.world_size):
         ranks = run.trainer.world_size

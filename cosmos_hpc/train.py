@@ -129,7 +129,7 @@ def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
     try:
         state, run = _build(attempt, groups, stop)
         outcome = train(state, run)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the supervisor is to read of it
         _write_outcome(attempt, groups.rank, Outcome.FAILED, None, f"{type(error).__name__}: {error}")
         raise
     _write_outcome(attempt, groups.rank, outcome, state.step, None)

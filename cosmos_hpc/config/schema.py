@@ -374,6 +374,12 @@ class RunConfig:
         self._check_clip_size()
         self._check_batch()
 
+    @property
+    def num_streams(self) -> int:
+        """Sample streams over all ranks: `data.num_streams`, else what the first start fixes it to."""
+        chosen = self.data.num_streams
+        return self.data.num_workers * self.trainer.world_size if chosen is None else chosen
+
     def _check_clip_size(self) -> None:
         frames, temporal = self.data.num_frames, self.model.temporal_compression
         require(

@@ -60,13 +60,11 @@ def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
     Raises:
         ConfigError: if the newest checkpoint can't be resumed with these settings.
     """
-    streams = run.data.num_streams
+    streams: int | None = run.num_streams
     checkpoint = folder.newest_checkpoint()
     if checkpoint is not None:
         _check_resume(run, folder, checkpoint)
         streams = read_run_config(folder.config).data.num_streams
-    if streams is None:
-        streams = run.data.num_workers * run.trainer.world_size
     fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
     write_atomically(folder.config, to_yaml(fixed))
     starts = json.loads(folder.provenance.read_text()) if folder.provenance.exists() else []
