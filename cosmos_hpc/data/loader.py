@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -158,15 +158,22 @@ class TrainLoader:
             raise RuntimeError("state() came after close(): the workers that know the position are gone")
         return LoaderState(self.layout, self.rank, copy.deepcopy(self._loader.save_state_rank()))
 
-    def restore(self, state: LoaderState) -> None:
+    def restore(self, states: Sequence[LoaderState]) -> None:
         """Go on behind a saved position. To be called before the first clip is taken.
+
+        Args:
+            states: Those of all ranks of the checkpoint, in the order of their ranks.
 
         Raises:
             ConfigError: if the position was saved under another layout.
         """
         if self._batches is not None:
             raise RuntimeError("restore() came after the first clip: restore a fresh loader")
-        _check_layout(state, self.layout, self.rank)
+        ranks = [state.rank for state in states]
+        if ranks != list(range(states[0].layout.world_size)):
+            raise RuntimeError(f"restore() got the positions of ranks {ranks}: pass those of all, in order")
+        _check_layout(states[0].layout, self.layout)
+        state = states[self.rank]
         self._loader.restore_state_rank(copy.deepcopy(state.position))
         if state.position is not None and self.layout.workers_per_rank:
             # Energon 7.4.1 forgets the offset: a save before every worker has yielded again would repeat clips
@@ -288,13 +295,9 @@ def _check_streams(data: DataConfig, train_samples: int, world_size: int, num_wo
         )
 
 
-def _check_layout(state: LoaderState, layout: Layout, rank: int) -> None:
-    changed = [
-        field.name for field in fields(Layout) if getattr(state.layout, field.name) != getattr(layout, field.name)
-    ]
+def _check_layout(saved: Layout, layout: Layout) -> None:
+    changed = [field.name for field in fields(Layout) if getattr(saved, field.name) != getattr(layout, field.name)]
     if changed:
-        what = ", ".join(f"{name} {getattr(state.layout, name)} -> {getattr(layout, name)}" for name in changed)
-        mend = ", ".join(MENDS[name].format(saved=getattr(state.layout, name)) for name in changed)
+        what = ", ".join(f"{name} {getattr(saved, name)} -> {getattr(layout, name)}" for name in changed)
+        mend = ", ".join(MENDS[name].format(saved=getattr(saved, name)) for name in changed)
         raise ConfigError(f"the checkpoint's position in the data fits another layout ({what}): {mend}")
-    if state.rank != rank:
-        raise RuntimeError(f"rank {rank} got the data position of rank {state.rank}: load each rank's own")

@@ -90,9 +90,10 @@ class CheckpointStore:
             state.module.load_state_dict({name.removeprefix("model."): t for name, t in loaded["model"].items()})
             state.optimizer.megatron.load_state_dict(loaded["optimizer"])
         state.optimizer.scheduler.load_state_dict(loaded["scheduler"])
-        own = torch.load(source / self._rank_file(), weights_only=False)  # written by this run
-        state.loader.restore(own["loader"])
-        _restore_rng(own["rng"])
+        files = sorted(source.glob("rank_*.pt"))  # written by this run
+        ranks = [torch.load(file, weights_only=False) for file in files]
+        state.loader.restore([rank["loader"] for rank in ranks])
+        _restore_rng(ranks[self._groups.rank.rank]["rng"])
         state.step, state.consumed_samples = layout["step"], layout["consumed_samples"]
         logger.info("resumed from %s: step %d, %d clips consumed", source, state.step, state.consumed_samples)
         return True

@@ -185,7 +185,7 @@ def test_another_process_stops_and_this_one_goes_on(data_config, train_loader, t
     assert (done.stdout, done.stderr) == ("", "")  # the user's terminal stays clean
     its_clips = [torch.from_numpy(batch) for batch in pickle.loads((tmp_path / "clips").read_bytes())]
     loader = train_loader(config)
-    loader.restore(pickle.loads((tmp_path / "state").read_bytes()))
+    loader.restore([pickle.loads((tmp_path / "state").read_bytes())])
     assert equal(its_clips + take(loader, 7), unbroken)
 
 
@@ -205,7 +205,7 @@ def test_run_interrupted_at_random_points_gives_the_clips_of_an_unbroken_one(
     while len(pieces) < 24:
         loader = train_loader(config, seed=draw)
         if state is not None:
-            loader.restore(pickle.loads(state))
+            loader.restore([pickle.loads(state)])
         pieces += take(loader, min(chance.randrange(0, 12), 24 - len(pieces)))
         state = pickle.dumps(loader.state())
         loader.close()
@@ -221,7 +221,7 @@ def test_second_interruption_before_every_worker_has_yielded_repeats_nothing(dat
     for count in (9, 1, 4):
         loader = train_loader(config)
         if state is not None:
-            loader.restore(state)
+            loader.restore([state])
         pieces += take(loader, count)
         state = loader.state()
         loader.close()
@@ -247,7 +247,7 @@ def test_state_is_a_moment_and_not_a_view(data_config, train_loader):
     assert pickle.dumps(state) == before
     for _ in range(2):  # restoring leaves it usable, too
         fresh = train_loader(data_config())
-        fresh.restore(state)
+        fresh.restore([state])
         assert equal(take(fresh, 5), following)
 
 
@@ -276,7 +276,7 @@ def test_position_of_another_layout_is_refused_with_the_mend(data_config, train_
     with pytest.raises(
         ConfigError, match=f"^the checkpoint's position in the data fits another layout {mend}"
     ) as error:
-        other.restore(state)
+        other.restore([state])
     assert "\n" not in str(error.value)
 
 
@@ -286,18 +286,18 @@ def test_position_in_another_dataset_is_refused(data_config, train_loader, video
     pack([videos / "val"], tmp_path / "val")
     prepare(tmp_path, num_workers=1)
     with pytest.raises(ConfigError, match=r"train_samples 10 -> 2.*bring back the dataset of 10 training samples"):
-        train_loader(data_config(path=str(tmp_path))).restore(state)
+        train_loader(data_config(path=str(tmp_path))).restore([state])
 
 
-def test_position_of_another_rank_and_late_calls_are_our_own_mistakes(data_config, train_loader):
+def test_position_of_too_few_ranks_and_late_calls_are_our_own_mistakes(data_config, train_loader):
     loader = train_loader(data_config(), world_size=2)
     state = loader.state()
     assert isinstance(state, LoaderState)
-    with pytest.raises(RuntimeError, match="rank 1 got the data position of rank 0"):
-        train_loader(data_config(), rank=1, world_size=2).restore(state)
+    with pytest.raises(RuntimeError, match=r"got the positions of ranks \[0\]: pass those of all, in order"):
+        train_loader(data_config(), rank=1, world_size=2).restore([state])
     take(loader, 1)
     with pytest.raises(RuntimeError, match="restore a fresh loader"):
-        loader.restore(state)
+        loader.restore([state])
     loader.close()
     with pytest.raises(RuntimeError, match=r"state\(\) came after close\(\)"):
         loader.state()
@@ -359,7 +359,7 @@ def test_unusable_videos_do_not_spoil_the_resume(data_config, train_loader, dama
     loader = train_loader(config)
     pieces = take(loader, 5)
     resumed = train_loader(config)
-    resumed.restore(pickle.loads(pickle.dumps(loader.state())))
+    resumed.restore([pickle.loads(pickle.dumps(loader.state()))])
     assert equal(pieces + take(resumed, 7), unbroken)
 
 
