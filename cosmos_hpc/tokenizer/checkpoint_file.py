@@ -1,6 +1,7 @@
 """Reads the network's tensors out of a training checkpoint, without Megatron and without a process group.
 
-A checkpoint is a folder in the format of `torch.distributed.checkpoint`; the network's tensors go by `model.<name>`.
+A checkpoint is a folder in the format of `torch.distributed.checkpoint`; the network's tensors go by `model.<name>`,
+their moving averages, where the run keeps any, by `ema.<name>`.
 """
 
 import io
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-PREFIX = "model."
+MODEL, EMA = "model.", "ema."
+"""How the names of the network's tensors and of their averages begin."""
 
 TRUSTED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 TRUSTED_NAMES: Collection[tuple[str, str]] = {
@@ -69,14 +71,14 @@ class CheckpointReader(dcp.FileSystemReader):
         return metadata
 
 
-def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
-    """The network's state dict, on the CPU."""
+def read_checkpoint_tensors(folder: Path, prefix: str = MODEL) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it, on the CPU."""
     reader = CheckpointReader(folder)
     metadata = reader.read_metadata()
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in metadata.state_dict_metadata.items()
-        if key.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     check_bytes(folder, [place for index, place in metadata.storage_data.items() if index.fqn in tensors])
     with warnings.catch_warnings():
@@ -85,7 +87,7 @@ def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
             dcp.load(tensors, storage_reader=reader, no_dist=True)
         except CheckpointException as error:  # which is no Exception, so that nothing would catch it
             raise ValueError(str(next(iter(error.failures.values()))[0])) from error
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def check_bytes(folder: Path, places: Iterable[Any]) -> None:

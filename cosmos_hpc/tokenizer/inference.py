@@ -108,15 +108,24 @@ class Tokenizer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
+        ema: bool = False,
         tile_size: int | None = None,
         tile_overlap: int = 64,
     ) -> Self:
         """Load any weights: a run, a checkpoint, an export or a released tokenizer.
 
+        Args:
+            source: where they lie.
+            device: to compute on.
+            dtype: to compute in.
+            ema: take the moving averages that training kept of the weights.
+            tile_size: as for the class.
+            tile_overlap: the same.
+
         Raises:
-            ConfigError: if they are not those of a Cosmos video tokenizer.
+            ConfigError: if they are not those of a Cosmos video tokenizer, or there are no averages.
         """
-        network = load_tokenizer(Path(source)).to(device, dtype)
+        network = load_tokenizer(Path(source), ema=ema).to(device, dtype)
         return cls(network, tile_size=tile_size, tile_overlap=tile_overlap)
 
     @torch.inference_mode()

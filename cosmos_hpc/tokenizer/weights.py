@@ -35,16 +35,17 @@ def load_weights(tokenizer: ContinuousTokenizer | DiscreteTokenizer, source: Pat
     _load(tokenizer, read_weights(source), source)
 
 
-def load_tokenizer(source: Path) -> ContinuousTokenizer | DiscreteTokenizer:
+def load_tokenizer(source: Path, *, ema: bool = False) -> ContinuousTokenizer | DiscreteTokenizer:
     """The network that the weights belong to, in float32 on the CPU; its kind and sizes are read off the tensors.
 
     Args:
         source: whatever `read_weights` takes.
+        ema: take the moving averages that training kept of the weights.
 
     Raises:
-        ConfigError: if the tensors are not those of a Cosmos video tokenizer.
+        ConfigError: if the tensors are not those of a Cosmos video tokenizer, or there are no averages.
     """
-    tensors = read_weights(source)
+    tensors = read_weights(source, ema=ema)
     architecture = _architecture_of(tensors, source)
     with torch.random.fork_rng(devices=[]):
         tokenizer = build(architecture)

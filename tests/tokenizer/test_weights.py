@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from weight_parts import FORMS, released, save_trace, without_program, write_checkpoint
 
 from cosmos_hpc.config.errors import ConfigError
@@ -69,6 +70,29 @@ def test_every_form_brings_back_every_bit(small, weights_in, kind, form):
     network, source = small(kind), weights_in(form, kind)
     assert equal(load_tokenizer(source), network)
     assert equal(starting_tokenizer(ModelConfig(model=kind, channels=4, jit_ckpt_pth=str(source)), seed=9), network)
+
+
+@pytest.mark.parametrize("form", ["run", "model.pt of cosmos-predict1"])
+def test_averages_take_the_place_of_the_weights_where_asked_for(small, weights_in, form):
+    network = small("DV8x16x16")
+    constants = {name for name, _ in network.named_buffers()}
+    expected = {name: t if name in constants else t * 0.5 for name, t in network.state_dict().items()}
+    found = load_tokenizer(weights_in(form, "DV8x16x16"), ema=True).state_dict()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("form", ["autoencoder.jit", "model.pt with a state dict", "model.safetensors"])
+def test_weights_without_averages_say_so(weights_in, form):
+    with pytest.raises(ConfigError, match=r"holds no averaged weights \(EMA\): leave --ema out, or name a run"):
+        load_tokenizer(weights_in(form, "CV8x8x8"), ema=True)
+
+
+def test_a_parameter_without_its_average_is_missing(small, tmp_path):
+    tensors = small("CV8x8x8").state_dict()
+    some = {f"ema.{name}": tensors[name] for name in tensors if "decoder" in name}
+    dcp.save({f"model.{name}": tensor for name, tensor in tensors.items()} | some, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ConfigError, match=r"lacks tensors by which .*encoder\.conv_in|it lacks encoder\.conv_in"):
+        load_tokenizer(tmp_path, ema=True)
 
 
 @pytest.mark.parametrize(

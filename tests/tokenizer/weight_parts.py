@@ -22,7 +22,7 @@ def write_training_state(network: nn.Module, folder: Path) -> None:
     """As cosmos-predict1 saves: without constants, with averaged copies and the optimizer's state."""
     parameters = dict(network.named_parameters())
     model = {f"network.{name}": parameter.data for name, parameter in parameters.items()}
-    model |= {f"ema.network-{name.replace('.', '-')}": parameter.data * 0 for name, parameter in parameters.items()}
+    model |= {f"ema.network-{name.replace('.', '-')}": parameter.data * 0.5 for name, parameter in parameters.items()}
     torch.save({"model": model, "optimizer": {"state": {0: torch.ones(3)}}, "iteration": 7}, folder / "model.pt")
 
 
@@ -30,15 +30,18 @@ def write_state_dict(network: nn.Module, folder: Path) -> None:
     torch.save(network.state_dict(), folder / "model.pt")
 
 
-def write_checkpoint(network: nn.Module, folder: Path) -> None:
+def write_checkpoint(network: nn.Module, folder: Path, *, has_averages: bool = False) -> None:
+    """The averages are half as large as the weights."""
     state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    for name, parameter in network.named_parameters() if has_averages else ():
+        state |= {f"ema.{name}": parameter.data * 0.5, f"optimizer.exp_avg.model.{name}": parameter.data + 1}
     dcp.save({**state, "optimizer": {"step": torch.ones(3)}, "step": 40}, checkpoint_id=folder, no_dist=True)
 
 
 def write_run(network: nn.Module, folder: Path) -> None:
     (folder / "config.yaml").write_text("{}")
     write_checkpoint(nn.Module(), folder / "checkpoints" / "step_00000020")  # older, and not the network
-    write_checkpoint(network, folder / "checkpoints" / "step_00000040")
+    write_checkpoint(network, folder / "checkpoints" / "step_00000040", has_averages=True)
 
 
 def write_safetensors(network: nn.Module, folder: Path) -> None:
