@@ -1,6 +1,8 @@
 # make quickstart   the whole journey on this machine, on real clips
-# make test         the tests
-# Both set up a virtual environment first, where it is missing.
+# make test         the tests, except those on a SLURM cluster
+# make test-cluster those on a SLURM cluster of four nodes, which they bring up on this machine (root, Debian packages)
+# make test-all     all tests
+# All set up a virtual environment first, where it is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,7 @@ WHERE ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test check docs clean help
+.PHONY: quickstart test test-cluster test-all check docs clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -18,6 +20,12 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -m slurm tests/cluster
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 check: $(READY)
 	$(BIN)/ruff check .
