@@ -54,7 +54,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def read_frames(path: Path, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-    """Decode a video in order.
+    """Decode a video in order, each frame turned upright as the file asks: phones film sideways and say so.
 
     Args:
         path: The file.
@@ -62,14 +62,32 @@ def read_frames(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         stop: Frame before which to end; none: the end of the file.
 
     Yields:
-        uint8 [H, W, 3], RGB.
+        uint8 [H, W, 3], RGB, all of one size.
+
+    Raises:
+        ValueError: where the video is damaged, or its frames change their size.
     """
-    with av.open(str(path)) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if stop is not None and index >= stop:
-                return
-            if index >= start:
-                yield frame.to_ndarray(format="rgb24")
+    shape = None
+    try:
+        with av.open(str(path)) as container:
+            for index, frame in enumerate(container.decode(video=0)):
+                if stop is not None and index >= stop:
+                    return
+                if index >= start:
+                    pixels = _upright(frame)
+                    shape = shape or pixels.shape
+                    if pixels.shape != shape:
+                        raise ValueError(f"{path} changes from {shape[1]} x {shape[0]} pixels to another size")
+                    yield pixels
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is damaged: {error.strerror}") from error
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """The picture, rotated by the quarter turns that the file's display matrix asks for."""
+    pixels = frame.to_ndarray(format="rgb24")
+    num_turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, num_turns)) if num_turns else pixels
 
 
 def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18) -> None:

@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
@@ -180,7 +179,7 @@ def _write_pair(
 
 def _check_max_frames(max_frames: int | None) -> None:
     if max_frames is not None and max_frames < 1:
-        raise ConfigError(f"at most {max_frames} frames of a video leave nothing to show: allow 1 or more")
+        raise ConfigError(f"--max-frames is {max_frames}, which leaves nothing of a video: set 1 or more")
 
 
 def _look_into_all(videos: list[Path], refused: list[tuple[Path, str]]) -> dict[Path, VideoInfo]:
@@ -207,16 +206,11 @@ def _look_into(video: Path) -> VideoInfo:
 
 
 def _frames(video: Path, max_frames: int | None) -> Iterator[np.ndarray]:
-    shape = None
+    frame = None
     try:
         for frame in read_frames(video, stop=max_frames):
-            shape = shape or frame.shape
-            if frame.shape != shape:
-                raise ConfigError(f"{video} changes its size on the way: encode it anew at one size")
             yield frame
-    except av.FFmpegError as error:
-        raise ConfigError(
-            f"{video} is damaged ({error.strerror}): repair it, or stop before the damage by max_frames"
-        ) from None
-    if shape is None:
+    except ValueError as error:
+        raise ConfigError(f"{error}: encode it anew, or stop before that by --max-frames") from None
+    if frame is None:
         raise ConfigError(f"{video} has no frame that can be decoded: name another video")

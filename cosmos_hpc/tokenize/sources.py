@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
@@ -101,15 +100,10 @@ def decoded(path: Path, max_frames: int | None) -> Iterator[np.ndarray]:
     Raises:
         UndecodableError: where it is damaged, or its size changes.
     """
-    shape = None
     try:
-        for frame in read_frames(path, stop=max_frames):
-            shape = shape or frame.shape
-            if frame.shape != shape:
-                raise UndecodableError(f"its frames change from {shape[1]} x {shape[0]} pixels to another size")
-            yield frame
-    except av.FFmpegError as error:
-        raise UndecodableError(f"it is damaged: {error.strerror}") from error
+        yield from read_frames(path, stop=max_frames)
+    except ValueError as error:
+        raise UndecodableError(str(error).replace(f"{path} ", "it ", 1)) from error
 
 
 def _shards(source: Path) -> list[Path]:

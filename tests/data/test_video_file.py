@@ -1,9 +1,11 @@
 """Videos come back as they were written, and a file has its name only when it is whole."""
 
+import av
 import numpy as np
 import pytest
 from small_videos import pictures
 
+from cosmos_hpc.data.clips import decode_clip
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, write_mp4
 
 
@@ -52,3 +54,41 @@ def test_file_that_is_no_video_is_refused_by_name(tmp_path):
     (tmp_path / "notes.mp4").write_text("not a video")
     with pytest.raises(ValueError, match=r"notes\.mp4 can't be opened as a video"):
         probe(tmp_path / "notes.mp4")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "num_turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((1, 0, 0, 1), 0)]
+)
+def test_video_filmed_sideways_is_read_upright_as_in_training(tmp_path, matrix, num_turns):
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:16, :32], picture[16:, :32], picture[:16, 32:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    write_mp4(tmp_path / "a.mp4", [picture] * 3, fps=25)
+    raw = bytearray((tmp_path / "a.mp4").read_bytes())
+    for place, value in zip((0, 1, 3, 4), matrix, strict=True):  # of the nine 16.16 numbers in the track's header
+        at = raw.index(b"tkhd") + 44 + 4 * place
+        raw[at : at + 4] = (value << 16).to_bytes(4, "big", signed=True)
+    (tmp_path / "b.mp4").write_bytes(raw)
+    for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), decode_clip(bytes(raw), 0, 3), strict=True):
+        assert np.array_equal(frame, in_training)
+        assert np.abs(np.rot90(picture, num_turns).astype(int) - frame).mean() < 5
+
+
+def test_damage_and_a_change_of_size_on_the_way_are_told(tmp_path):
+    write_mp4(tmp_path / "a.mp4", pictures(3), fps=25)
+    raw = bytearray((tmp_path / "a.mp4").read_bytes())
+    begin = raw.index(b"mdat") + 4
+    raw[begin : begin + 2000] = b"\xff" * 2000
+    (tmp_path / "a.mp4").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a\.mp4 is damaged: "):
+        list(read_frames(tmp_path / "a.mp4"))
+    streams = []
+    for size in ((48, 64), (64, 48)):
+        with av.open(str(tmp_path / "part"), "w", format="h264") as container:  # plain packets, which can be joined
+            stream = container.add_stream("libx264", rate=25)
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.zeros((*size, 3), np.uint8), format="rgb24")
+            container.mux((*stream.encode(frame), *stream.encode()))
+        streams.append((tmp_path / "part").read_bytes())
+    (tmp_path / "b.h264").write_bytes(b"".join(streams))
+    with pytest.raises(ValueError, match=r"b\.h264 changes from 64 x 48 pixels to another size"):
+        list(read_frames(tmp_path / "b.h264"))
