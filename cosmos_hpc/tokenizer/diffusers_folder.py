@@ -5,14 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.tokenizer.architecture import NUM_LEVELS, Architecture
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
-from cosmos_hpc.tokenizer.haar import TAP
 from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics
+from cosmos_hpc.tokenizer.taps import parameters_for_own_taps
 
 RENAMINGS = (
     (r"\.conv3d\b", ""),
@@ -69,7 +66,7 @@ def write_diffusers(network: ContinuousTokenizer, statistics: LatentStatistics |
     """
     architecture = network.architecture
     model = diffusers_class()(**diffusers_config(architecture, statistics))
-    tensors = {diffusers_name(name): tensor for name, tensor in parameters_for_fixed_taps(network).items()}
+    tensors = {diffusers_name(name): tensor for name, tensor in parameters_for_own_taps(network).items()}
     try:
         model.to(network.post_quant_conv.conv3d.weight.dtype).load_state_dict(tensors)
     except RuntimeError as error:
@@ -93,22 +90,3 @@ def diffusers_config(architecture: Architecture, statistics: LatentStatistics | 
         "latents_mean": None if statistics is None else statistics.mean.flatten().tolist(),
         "latents_std": None if statistics is None else statistics.std.flatten().tolist(),
     }
-
-
-def parameters_for_fixed_taps(network: ContinuousTokenizer) -> dict[str, Tensor]:
-    """The parameters, scaled beside the wavelet transforms for a network that has none but its own taps.
-
-    Released weights hold taps rounded to bfloat16, by which a transform's gain is 0.07 % smaller a level. The
-    convolutions that read and make patches take that gain over.
-    """
-    parameters = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    dtype = network.post_quant_conv.conv3d.weight.dtype
-    own_tap = torch.tensor(TAP).to(dtype).item()
-    for filters, names in (
-        (network.encoder.patcher3d, ("encoder.conv_in.0.conv3d.weight",)),
-        (network.decoder.unpatcher3d, ("decoder.conv_out.1.conv3d.weight", "decoder.conv_out.1.conv3d.bias")),
-    ):
-        gain = (filters.tap / own_tap) ** (3 * filters.num_levels)
-        for name in names:
-            parameters[name] *= gain
-    return parameters

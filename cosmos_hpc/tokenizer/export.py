@@ -21,6 +21,7 @@ from cosmos_hpc.tokenizer.diffusers_folder import diffusers_class, write_diffuse
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.export_check import Case
 from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, read_latent_statistics, write_latent_statistics
+from cosmos_hpc.tokenizer.taps import parameters_for_own_taps
 from cosmos_hpc.tokenizer.traceable import traceable_modules
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def _write_jit(network: ContinuousTokenizer | DiscreteTokenizer, folder: Path) -
 
 
 def _write_pt(network: ContinuousTokenizer | DiscreteTokenizer, folder: Path) -> None:
-    model = {f"network.{name}": parameter.data for name, parameter in network.named_parameters()}
+    model = {f"network.{name}": parameter for name, parameter in parameters_for_own_taps(network).items()}
     torch.save({"model": model}, folder / "model.pt")
 
 

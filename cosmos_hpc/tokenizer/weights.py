@@ -14,6 +14,7 @@ from cosmos_hpc.tokenizer.build import build
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.export import export, export_jit
+from cosmos_hpc.tokenizer.taps import own_tap
 from cosmos_hpc.tokenizer.weight_files import read_weights
 
 __all__ = ["dead_tensors", "export", "export_jit", "load_tokenizer", "load_weights"]
@@ -22,8 +23,9 @@ __all__ = ["dead_tensors", "export", "export_jit", "load_tokenizer", "load_weigh
 def load_weights(tokenizer: ContinuousTokenizer | DiscreteTokenizer, source: Path) -> None:
     """Replace all weights of a network.
 
-    A file may lack the constants (filter taps, quantiser tables), as some releases do; where it has them, the taps
-    are taken and the others compared. It may hold the convolutions that older releases built and never used.
+    A file may lack the constants (filter taps, quantiser tables), as some releases do: the taps are then those of a
+    network cast to the file's dtype. Where it has them, the taps are taken and the others compared. It may hold the
+    convolutions that older releases built and never used.
 
     Args:
         tokenizer: of any dtype and on any device; the weights are cast and moved to it.
@@ -116,7 +118,12 @@ def _load(tokenizer: ContinuousTokenizer | DiscreteTokenizer, tensors: Mapping[s
             f"it {'; it '.join(problems)}. "
             "Name the weights of that tokenizer, or set model.model and model.channels to what these belong to"
         )
-    tokenizer.load_state_dict({**{name: expected[name] for name in constants}, **found})
+    stored = found["post_quant_conv.conv3d.weight"].dtype
+    own = {
+        name: torch.full_like(expected[name], own_tap(stored)) if name.endswith(".wavelets") else expected[name]
+        for name in constants
+    }
+    tokenizer.load_state_dict({**own, **found})
 
 
 def _listed(problem: str, names: list[str]) -> list[str]:

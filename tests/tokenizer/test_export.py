@@ -13,6 +13,9 @@ from weight_parts import released
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.tokenizer import export, latent_statistics, load_tokenizer
+from cosmos_hpc.tokenizer.haar import TAP
+
+export_module = sys.modules["cosmos_hpc.tokenizer.export"]  # the package's attribute of that name is the function
 
 KINDS = ["CV8x8x8", "DV8x16x16"]
 FILES = ("autoencoder", "encoder", "decoder")
@@ -100,12 +103,38 @@ def test_export_and_import_bring_back_every_bit(small, tmp_path, kind, form):
     assert all(found[name].equal(expected[name]) for name in expected)
 
 
-def test_export_that_computes_something_else_gets_no_name(small, tmp_path):
-    network = small("CV8x8x8")
-    taps = {name: torch.full((2,), 0.69) for name in network.state_dict() if name.endswith("wavelets")}
+def with_taps(network, tap: float):
+    taps = {name: torch.full((2,), tap) for name in network.state_dict() if name.endswith("wavelets")}
     network.load_state_dict({**network.state_dict(), **taps})
-    with pytest.raises(ConfigError, match=r"its check failed: model\.pt, encoded differs by .* of the largest"):
-        export(network, tmp_path, "pt")  # this form has no place for taps
+    return network
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_taps_of_released_weights_survive_a_form_without_taps(small, tmp_path, kind):
+    network = with_taps(small(kind), 0.70703125)
+    clips = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        export_module._write_pt(export_module._cast_copy(network, dtype), folder)
+        again = load_tokenizer(folder)
+        if dtype == torch.float32:  # a network that makes its own taps has them exact
+            assert again.encoder.patcher3d.tap == TAP
+            assert is_near(again(clips).reconstructions, network(clips).reconstructions)
+            assert not is_near(again.encoder.patcher3d(clips), network.encoder.patcher3d(clips))
+        else:  # or rounded with its weights, which then stay as they were released
+            assert again.encoder.patcher3d.tap == 0.70703125
+            assert all(
+                tensor.equal(network.state_dict()[name].bfloat16().float())
+                for name, tensor in again.state_dict().items()
+                if name.endswith((".weight", ".bias"))
+            )
+
+
+def test_export_that_computes_something_else_gets_no_name(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "parameters_for_own_taps", lambda network: dict(network.named_parameters()))
+    with pytest.raises(ConfigError, match=r"its check failed: model\.pt, decoded differs by .* of the largest"):
+        export(with_taps(small("CV8x8x8"), 0.70703125), tmp_path, "pt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,9 +199,7 @@ def test_diffusers_folder_holds_the_statistics_that_pipelines_read(small, diffus
 
 
 def test_rounded_taps_of_released_weights_reach_diffusers(small, diffusers, tmp_path):
-    network = small("CV8x8x8")
-    taps = {name: torch.full((2,), 0.70703125) for name in network.state_dict() if name.endswith("wavelets")}
-    network.load_state_dict({**network.state_dict(), **taps})
+    network = with_taps(small("CV8x8x8"), 0.70703125)
     export(network, tmp_path, "diffusers")
     clips = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     model = diffusers.AutoencoderKLCosmos.from_pretrained(tmp_path)
