@@ -4,9 +4,14 @@ torchrun --nproc-per-node 8 -m cosmos_hpc.train data.path=... model.jit_ckpt_pth
 """
 
 import argparse
+import contextlib
+import faulthandler
 import json
 import logging
+import signal
+import socket
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +61,16 @@ def main() -> None:
         die_with_parent()
     if arguments.run_folder is not None:
         redirect_output(RunFolder(arguments.run_folder).rank_log(arguments.attempt, rank.rank))
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the supervisor asks for stacks where a run hangs
     set_up_logging(rank)
     _quieten()
     try:
         _run_rank(arguments, rank, stop)
-    except ConfigError as error:
+    except Exception as error:
+        if arguments.run_folder is not None:
+            _write_failure(RunFolder(arguments.run_folder), arguments.attempt, rank, error)
+        if not isinstance(error, ConfigError):
+            raise
         if rank.is_first or arguments.run_folder is not None:  # on one terminal once, in each rank's own log
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -126,13 +136,21 @@ def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
     """Build, train, and let rank 0 write how it ended; the supervisor decides by that file alone."""
     from cosmos_hpc.training.loop import train
 
+    state, run = _build(attempt, groups, stop)
     try:
-        state, run = _build(attempt, groups, stop)
         outcome = train(state, run)
-    except Exception as error:  # whatever it is, the supervisor is to read of it
-        _write_outcome(attempt, groups.rank, Outcome.FAILED, None, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        _write_failure(attempt.folder, attempt.number, groups.rank, error, state.step)
         raise
-    _write_outcome(attempt, groups.rank, outcome, state.step, None)
+    run.telemetry.phase("leave", state.step)
+    if groups.rank.is_first:
+        ending = {
+            "outcome": outcome,
+            "step": state.step,
+            "message": None,
+            **run.telemetry.facts(run.checkpoints.saved_step),
+        }
+        write_atomically(attempt.folder.outcome(attempt.number), json.dumps(ending))
     groups.barrier()
     run.telemetry.close()  # after the outcome is safe: wandb may wait for a network
     state.loader.close()
@@ -144,34 +162,49 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     """Everything that the loop works with, in the order in which the parts need each other."""
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
     from cosmos_hpc.tokenizer import starting_tokenizer
+    from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
+    from cosmos_hpc.training.ema import WeightAverage
     from cosmos_hpc.training.loop import Run, TrainState
     from cosmos_hpc.training.optimizer import Optimizer
+    from cosmos_hpc.training.recovery import NonFiniteGuard
     from cosmos_hpc.training.telemetry import Telemetry
     from cosmos_hpc.training.validation import Validation
 
     config, rank = attempt.config, groups.rank
     telemetry = Telemetry(attempt.folder, config, rank, attempt.number)
-    telemetry.phase("start", 0)
     module = starting_tokenizer(config.model, config.trainer.seed)
-    ddp = groups.wrap(module)
-    optimizer = Optimizer(ddp, config.optim, groups.device)
+    ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
+    optimizer = Optimizer(ddp, config.optim, groups)
+    average = WeightAverage(module, config.optim.ema_decay) if config.optim.ema_decay else None
     loader = TrainLoader(config.data, seed=config.trainer.seed, rank=rank.rank, world_size=rank.world_size)
     held_out = ValidationLoader(
         config.data, rank=rank.rank, world_size=rank.world_size, limit_batches=config.trainer.limit_val_batches
     )
     checkpoints = CheckpointStore(attempt.folder, config, groups)
     validation = Validation(held_out, config.trainer, groups)
-    state = TrainState(module, ddp, optimizer, loader)
-    checkpoints.load_newest(state)
-    telemetry.resume_at(state.step)
-    return state, Run(config, groups, checkpoints, validation, telemetry, stop)
+    state = TrainState(module, ddp, optimizer, average, loader)
+    layout = checkpoints.load_newest(state)
+    telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
+    guard = NonFiniteGuard(config.trainer)
+    return state, Run(config, groups, checkpoints, validation, telemetry, Agreement(groups, stop), guard)
 
 
-def _write_outcome(attempt: Attempt, rank: Rank, outcome: Outcome, step: int | None, message: str | None) -> None:
-    if rank.is_first:
-        ending = {"outcome": outcome, "step": step, "message": message}
-        write_atomically(attempt.folder.outcome(attempt.number), json.dumps(ending))
+def _write_failure(folder: RunFolder, attempt: int, rank: Rank, error: Exception, step: int | None = None) -> None:
+    """Tell the supervisor what this rank died of; the first word counts."""
+    path = folder.failure(attempt, rank.rank)
+    if path.exists():
+        return
+    failure = {
+        "rank": rank.rank,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "step": step,
+    }
+    with contextlib.suppress(OSError):  # a full disk may be what it died of; the log tells it as well
+        write_atomically(path, json.dumps(failure))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,14 @@ class TrainerConfig:
     log_every_n_steps: int = neutral(10)
     """Steps between two lines in the log; metrics.jsonl holds every step."""
 
+    max_skipped_steps: int = 3
+    """Updates in a row that may be left out because the loss or gradient is not finite, before a roll-back."""
+
+    max_rollbacks: int = 2
+    """Times that a start goes back to its newest checkpoint, past the clips that did it, before it stops."""
+
     def __post_init__(self) -> None:
+        require(self.max_rollbacks >= 0, f"trainer.max_rollbacks is {self.max_rollbacks}, but can't be negative")
         for name in (
             "max_steps",
             "num_nodes",
@@ -152,6 +159,7 @@ class TrainerConfig:
             "val_check_interval",
             "limit_val_batches",
             "log_every_n_steps",
+            "max_skipped_steps",
         ):
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name} is {value}, but must be at least 1")
@@ -188,7 +196,16 @@ class OptimConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, reached by (1 + step) / (10 + step); 0 keeps no average."""
+
+    use_distributed_optimizer: bool = False
+    """Spread Adam's moments over the ranks: less memory each, for a gather of the weights in every step."""
+
     def __post_init__(self) -> None:
+        require(
+            0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}, but must lie in [0, 1): 0 keeps no average"
+        )
         require(self.lr > 0, f"optim.lr is {self.lr}, but must be above 0")
         require(
             all(0 <= beta < 1 for beta in self.betas),
@@ -223,16 +240,22 @@ class LossConfig:
 class CheckpointConfig:
     """When to save and what to keep."""
 
-    every_n_steps: int = 500
-    """Steps between two checkpoints; preemption and the last step save as well."""
+    every_n_minutes: float = 10.0
+    """Minutes between two checkpoints; preemption and the last step save as well."""
+
+    every_n_steps: int | None = None
+    """Steps between two checkpoints, in addition to the minutes."""
 
     keep: int = 3
     """Checkpoints kept, newest first."""
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "keep"):
-            value = getattr(self, name)
-            require(value >= 1, f"checkpoint.{name} is {value}, but must be at least 1")
+        require(self.every_n_minutes > 0, f"checkpoint.every_n_minutes is {self.every_n_minutes}, but must be above 0")
+        require(
+            self.every_n_steps is None or self.every_n_steps >= 1,
+            f"checkpoint.every_n_steps is {self.every_n_steps}, but must be at least 1",
+        )
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}, but must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +283,69 @@ class ContainerConfig:
             self.mode == "none" or self.image is not None,
             f"container.mode is {self.mode}, but container.image is not set: name a squashfs file",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartConfig:
+    """How often the ranks are started again after faults of each kind that follow without a new checkpoint between."""
+
+    node_failure: int = 5
+    """Restarts after the loss of a node."""
+
+    gpu_error: int = 3
+    """Restarts after a GPU that failed (Xid, uncorrectable ECC, CUDA error)."""
+
+    lost_ranks: int = 3
+    """Restarts after a NCCL or gloo error that no rank explains."""
+
+    hang: int = 2
+    """Restarts after ranks without a sign of life."""
+
+    killed: int = 3
+    """Restarts after a rank that was killed from outside."""
+
+    supervisor_killed: int = 3
+    """Restarts by SLURM after a supervisor that was killed."""
+
+    out_of_memory: int = 1
+    """Restarts after memory of a host or a GPU that ran out; at the same step twice is the last."""
+
+    disk_full: int = 3
+    """Restarts after a full disk or quota, each once there is room again."""
+
+    code_fault: int = 2
+    """Restarts after any other error; the same one at the same step twice is the last."""
+
+    backoff_s: float = 5.0
+    """Seconds before the first restart after a fault; doubles with each further one, up to 64 times as many."""
+
+    disk_wait_s: float = 300.0
+    """Seconds to wait for room after a full disk before the run stops."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            require(value >= 0, f"cluster.restarts.{item.name} is {value}, but can't be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangConfig:
+    """When ranks without a sign of life count as hung; learned for each phase from the silences seen in it."""
+
+    first_limit_s: float = 1800.0
+    """Seconds of silence in a phase that this run has not been through yet."""
+
+    least_limit_s: float = 300.0
+    """Seconds below which a learned limit never falls."""
+
+    factor: float = 5.0
+    """Learned limit over the longest silence that was followed by a sign of life."""
+
+    def __post_init__(self) -> None:
+        for name in ("first_limit_s", "least_limit_s"):
+            value = getattr(self, name)
+            require(value > 0, f"cluster.hang.{name} is {value}, but must be above 0")
+        require(self.factor >= 1, f"cluster.hang.factor is {self.factor}, but must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +384,12 @@ class ClusterConfig:
 
     environment: dict[str, str] = field(default_factory=dict)
     """Variables set for the ranks, such as NCCL's."""
+
+    restarts: RestartConfig = neutral(RestartConfig())
+    """Budgets of restarts after faults."""
+
+    hang: HangConfig = neutral(HangConfig())
+    """Limits of silence."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,12 +12,18 @@ from torch import Tensor, nn
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.data.loader import TrainLoader, to_unit_range
 from cosmos_hpc.tokenizer.losses import reconstruction_loss
+from cosmos_hpc.training.agreement import Agreement
 from cosmos_hpc.training.checkpoint import CheckpointStore
+from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.optimizer import Optimizer
 from cosmos_hpc.training.parallel import DistributedDataParallel, Groups
-from cosmos_hpc.training.preemption import Outcome, StopRequest
-from cosmos_hpc.training.telemetry import StepMetrics, Telemetry
+from cosmos_hpc.training.preemption import Outcome
+from cosmos_hpc.training.queued_steps import LateCopy, QueuedStep, StepQueue, Stopwatch
+from cosmos_hpc.training.recovery import NonFiniteGuard, Verdict
+from cosmos_hpc.training.telemetry import Telemetry
 from cosmos_hpc.training.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,14 +39,20 @@ class TrainState:
     optimizer: Optimizer
     """AdamW and its schedule."""
 
+    average: WeightAverage | None
+    """Moving average of the weights, if one is kept."""
+
     loader: TrainLoader
     """Where the next clips come from."""
 
     step: int = 0
-    """Updates done."""
+    """Updates done, those left out included."""
 
     consumed_samples: int = 0
     """Clips seen since step 0, over all ranks."""
+
+    skipped_in_a_row: int = 0
+    """Updates left out up to now, since the last one that was not."""
 
 
 @dataclass(frozen=True)
@@ -51,38 +64,50 @@ class Run:
     checkpoints: CheckpointStore
     validation: Validation
     telemetry: Telemetry
-    stop: StopRequest
+    agreement: Agreement
+    guard: NonFiniteGuard
 
 
 def train(state: TrainState, run: Run) -> Outcome:
-    """Train until `max_steps` or until asked to stop; either way a checkpoint is left behind."""
-    batches = iter(state.loader)
+    """Train until `max_steps` or until asked to stop; either way a checkpoint is left behind.
+
+    The device is always one step behind the host: nothing in a step waits for it, and each step's numbers are read when
+    the next one is queued. What the ranks must agree on travels while they compute.
+    """
+    batches, queue = iter(state.loader), StepQueue()
+    max_steps = run.config.trainer.max_steps
     if state.step == 0:
-        run.telemetry.log_start(run.validation.run(state.module))
-    while state.step < run.config.trainer.max_steps:
+        run.telemetry.log_start(_validate(state, run)[0])
+    run.telemetry.phase("first_step", state.step)
+    while state.step < max_steps:
+        checkpoints = run.checkpoints
+        run.agreement.start(wants_save=checkpoints.wants_save, is_writing=checkpoints.is_writing, busy_s=queue.busy_s)
+        queue.append(train_step(state, batches, run))
+        agreed = run.agreement.read()
+        checkpoints.advance(is_writing=agreed.is_writing)
+        run.telemetry.note_step_times(agreed.busy_s, checkpoints.saved_step)
+        leaves = agreed.stop is not None or state.step == max_steps
+        saves = leaves or agreed.wants_save or checkpoints.is_due(state.step)
+        validates = run.validation.is_due(state.step)
+        if _settle(state, run, queue, everything=saves or validates, validates=validates) is Verdict.ROLL_BACK:
+            _roll_back(state, run, queue)
+            continue
+        if saves:
+            _save(state, run, leaves=leaves)
+        if agreed.stop is not None and state.step < max_steps:
+            return agreed.stop
         run.telemetry.phase("train", state.step)
-        metrics = train_step(state, batches, run)
-        if run.validation.is_due(state.step):
-            run.telemetry.phase("validate", state.step)
-            metrics = metrics._replace(val_psnr=run.validation.run(state.module))
-        run.telemetry.log(metrics)
-        stopped = run.stop.agreed(run.groups.largest)
-        if stopped or run.checkpoints.is_due(state.step):
-            run.telemetry.phase("save", state.step)
-            run.checkpoints.save(state)
-        if stopped and state.step < run.config.trainer.max_steps:
-            return stopped
     return Outcome.FINISHED
 
 
-def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> StepMetrics:
+def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> QueuedStep:
     """One update over `global_batch_size` clips: forwards and backwards over the micro batches, then AdamW."""
     started, data_time_s = time.perf_counter(), 0.0
     data, device = run.config.data, run.groups.device
-    num_microbatches = data.global_batch_size // (data.micro_batch_size * run.groups.rank.world_size)
+    num_microbatches = run.groups.num_microbatches(data)
     sums = torch.zeros(2, device=device)
-    state.ddp.zero_grad_buffer()
     state.optimizer.zero_grad()
+    busy = Stopwatch(device)
     for index in range(num_microbatches):
         waited = time.perf_counter()
         clips = to_unit_range(next(batches).to(device, non_blocking=True))
@@ -94,19 +119,62 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> StepMe
             terms = reconstruction_loss(clips, reconstructions, run.config.loss)
             (terms.total / num_microbatches).backward()
         sums += torch.stack([terms.total.detach(), terms.l1.detach()])
+    busy.stop()
     run.groups.finish_gradients(state.ddp)
-    grad_norm = state.optimizer.step()
+    losses = run.groups.total(sums) / (num_microbatches * run.groups.rank.world_size)
+    grad_norm, skipped = state.optimizer.step(losses[0])
     state.step += 1
     state.consumed_samples += data.global_batch_size
-    loss, l1 = (run.groups.total(sums) / (num_microbatches * run.groups.rank.world_size)).tolist()
-    return StepMetrics(
+    if state.average is not None:
+        state.average.update(state.step, skipped)
+    return QueuedStep(
         step=state.step,
-        loss=loss,
-        l1=l1,
-        lr=state.optimizer.lr,
-        grad_norm=grad_norm,
-        step_time_s=time.perf_counter() - started,
+        numbers=LateCopy(torch.cat([losses, torch.stack([grad_norm, skipped])])),
+        busy=busy,
+        started=started,
         data_time_s=data_time_s,
-        clips_per_s=data.global_batch_size / (time.perf_counter() - started),
+        lr=state.optimizer.lr,
+        num_clips=data.global_batch_size,
         consumed_samples=state.consumed_samples,
     )
+
+
+def _settle(state: TrainState, run: Run, queue: StepQueue, *, everything: bool, validates: bool) -> Verdict:
+    """Note the steps whose numbers are there, validate after the last of them if that is due, and judge them."""
+    verdict = Verdict.GO_ON
+    for metrics in queue.arrived(everything=everything):
+        state.optimizer.learn(metrics.skipped)
+        verdict = run.guard.judge(state, metrics)
+        if validates and metrics.step == state.step and verdict is Verdict.GO_ON:
+            psnr, seconds = _validate(state, run)
+            metrics = metrics._replace(val_psnr=psnr, validation_time_s=seconds)
+        run.telemetry.log(metrics)
+        if verdict is Verdict.ROLL_BACK:
+            break
+    return verdict
+
+
+def _validate(state: TrainState, run: Run) -> tuple[float, float]:
+    """Mean PSNR of the validation clips in dB, and the seconds that it took."""
+    started = time.perf_counter()
+    run.telemetry.phase("validate", state.step)
+    return run.validation.run(state.module, run.telemetry.tick), time.perf_counter() - started
+
+
+def _save(state: TrainState, run: Run, *, leaves: bool) -> None:
+    """Begin a checkpoint; before leaving, also end it."""
+    run.telemetry.phase("save", state.step)
+    save = run.checkpoints.save if leaves else run.checkpoints.begin
+    save(state, run.telemetry.metrics_bytes, run.telemetry.wandb_id)
+
+
+def _roll_back(state: TrainState, run: Run, queue: StepQueue) -> None:
+    """Back to the newest checkpoint, and on with other clips than those that led here."""
+    step = state.step
+    run.checkpoints.finish(may_fail=True)
+    layout = run.checkpoints.load_newest(state, keeps_data_position=True)
+    if layout is None:
+        raise run.guard.nothing_to_go_back_to(step)
+    queue.clear()
+    run.telemetry.roll_back_to(state.step, layout["metrics_bytes"])
+    logger.warning("rolled back from step %d to %d, and past the clips that were not finite", step, state.step)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.training.lean_import import lean_import
 
@@ -24,7 +25,12 @@ with lean_import():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+BUCKET_SIZE = 40_000_000
+"""Gradients reduced at once, in elements. Megatron-Core's default grows with the number of ranks, and the distributed
+optimizer's moments could then not be read by another number."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,20 @@ class Groups:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
+    @property
+    def on_cpu(self) -> dist.ProcessGroup:
+        """The ranks as a gloo group: what is sent over it never touches the GPU's stream."""
+        return parallel_state.get_data_parallel_group_gloo()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier(group=parallel_state.get_data_parallel_group_gloo())
+        dist.barrier(group=self.on_cpu)
 
-    def largest(self, value: int) -> int:
-        """The maximum over all ranks, on the CPU, without touching the GPU's stream."""
-        tensor = torch.tensor([value])
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group_gloo())
-        return int(tensor)
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank; goes over the CPU."""
+        values = [None] * self.rank.world_size
+        dist.all_gather_object(values, value, group=self.on_cpu)
+        return values
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, elementwise, in place and returned."""
@@ -84,19 +95,26 @@ class Groups:
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, group=parallel_state.get_data_parallel_group_gloo(), src=0)
+        dist.broadcast_object_list(box, group=self.on_cpu, src=0)
         return box[0]
 
     def autocast(self, precision: str) -> torch.autocast:
         """Compute in bfloat16 for `bf16`; for `32` a context that changes nothing. Weights are float32 in both."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def wrap(self, module: torch.nn.Module) -> DistributedDataParallel:
-        """Megatron-Core's data-parallel wrapper: gradients in buckets, reduced while the backward still runs."""
+    def wrap(self, module: torch.nn.Module, *, use_distributed_optimizer: bool = False) -> DistributedDataParallel:
+        """Megatron-Core's data-parallel wrapper: gradients in buckets, reduced while the backward still runs.
+
+        Args:
+            module: network without running statistics, since no buffers are kept equal between ranks.
+            use_distributed_optimizer: as the optimizer is told.
+        """
+        assert not any(getattr(layer, "track_running_stats", False) for layer in module.modules())
+        settings = DistributedDataParallelConfig(
+            overlap_grad_reduce=True, use_distributed_optimizer=use_distributed_optimizer, bucket_size=BUCKET_SIZE
+        )
         with cuda_calls_on(self.device):
-            ddp = DistributedDataParallel(
-                _no_transformer(), DistributedDataParallelConfig(overlap_grad_reduce=True), module.to(self.device)
-            )
+            ddp = DistributedDataParallel(_no_transformer(), settings, module.to(self.device))
             ddp.broadcast_params()
         return ddp
 
@@ -104,6 +122,12 @@ class Groups:
         """Wait until the reduced gradients are there."""
         with cuda_calls_on(self.device):
             finalize_model_grads([ddp])
+
+    def num_microbatches(self, data: DataConfig) -> int:
+        """Forwards and backwards of each rank in a step."""
+        return ConstantNumMicroBatchesCalculator(
+            data.global_batch_size, data.micro_batch_size, self.rank.world_size, False, self.rank.rank
+        ).get()
 
 
 def free_port() -> int:

@@ -1,8 +1,7 @@
-"""Being asked to stop: a handler that only sets a flag, and ranks that agree on the step at which they leave."""
+"""Being asked to stop: a handler that only sets a flag, which the ranks read at a step boundary (`agreement.py`)."""
 
 import os
 import signal
-from collections.abc import Callable
 from enum import StrEnum
 from types import FrameType
 
@@ -22,9 +21,6 @@ class Outcome(StrEnum):
     INTERRUPTED = "interrupted"
     """Ctrl-C; a checkpoint is left behind."""
 
-    FAILED = "failed"
-    """An error; the newest checkpoint is the one before it."""
-
 
 STOP_SIGNALS = {
     signal.SIGTERM: Outcome.PREEMPTED,
@@ -33,7 +29,7 @@ STOP_SIGNALS = {
 }
 """What each signal asks for."""
 
-_OUTCOMES = [None, Outcome.INTERRUPTED, Outcome.TIME_LIMIT, Outcome.PREEMPTED]
+OUTCOMES = [None, Outcome.INTERRUPTED, Outcome.TIME_LIMIT, Outcome.PREEMPTED]
 """Codes that ranks exchange; the largest wins."""
 
 
@@ -41,7 +37,9 @@ class StopRequest:
     """Remembers that somebody asked this rank to stop."""
 
     def __init__(self) -> None:
-        self._code = 0
+        self.code = 0
+        """Index in OUTCOMES of what this rank was asked for so far."""
+
         self._pid = os.getpid()
 
     def install(self) -> None:
@@ -51,12 +49,4 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
-            self._code = max(self._code, _OUTCOMES.index(STOP_SIGNALS[signal.Signals(number)]))
-
-    def agreed(self, largest: Callable[[int], int]) -> Outcome | None:
-        """Why to stop after this step, the same on every rank; none to go on.
-
-        Args:
-            largest: a collective that returns the maximum of all ranks' values.
-        """
-        return _OUTCOMES[largest(self._code)]
+            self.code = max(self.code, OUTCOMES.index(STOP_SIGNALS[signal.Signals(number)]))

@@ -2,19 +2,17 @@
 
 import json
 import logging
+import math
 import os
-import time
 from functools import partial
 from typing import Any, NamedTuple, TextIO
 
 from cosmos_hpc.config.run_folder import RunFolder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.ranks import Rank
+from cosmos_hpc.training.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 5.0
-"""Least seconds between two heartbeats: a file system shared by thousands of runs feels each one."""
 
 
 class StepMetrics(NamedTuple):
@@ -47,8 +45,17 @@ class StepMetrics(NamedTuple):
     consumed_samples: int
     """Clips since step 0."""
 
+    skipped: bool = False
+    """Whether the update was left out, as loss or gradient was not finite; written where it is true."""
+
+    save_time_s: float | None = None
+    """Seconds that training stood still for a checkpoint before this step."""
+
     val_psnr: float | None = None
     """Mean PSNR of the validation clips in dB; on steps with a validation."""
+
+    validation_time_s: float | None = None
+    """Seconds that the validation after this step took."""
 
 
 class Telemetry:
@@ -59,27 +66,54 @@ class Telemetry:
         self._config = config
         self._attempt = attempt
         self._is_first = rank.is_first
-        self._beat = 0.0
         self._file: TextIO | None = None
+        self._heartbeat = Heartbeat(folder, attempt) if rank.is_first else None
         self._wandb = _start_wandb(config, folder) if rank.is_first else None
 
-    def resume_at(self, step: int) -> None:
-        """Open metrics.jsonl for the steps after `step`; lines of later steps, which are trained again, are cut off."""
-        if not self._is_first:
-            return
-        if self._folder.metrics.exists():
-            lines = self._folder.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self._folder.metrics, "".join(kept) if step else "")
-        self._file = self._folder.metrics.open("a")
+    @property
+    def wandb_id(self) -> str | None:
+        """The run's name at wandb, where it is tracked there."""
+        return None if self._wandb is None else str(self._wandb.id)
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl up to the last step that was logged; 0 on other ranks."""
+        return 0 if self._file is None else self._folder.metrics.stat().st_size
+
+    def resume_at(self, step: int, metrics_bytes: int) -> None:
+        """Open metrics.jsonl for the steps after `step`.
+
+        What lies behind `metrics_bytes` is trained again: it goes to the attempt's logs.
+        """
+        if self._heartbeat is not None:
+            self._heartbeat.resume_at(step)
+            self._cut(metrics_bytes)
+            self._file = self._folder.metrics.open("a", encoding="utf-8")
+
+    def roll_back_to(self, step: int, metrics_bytes: int) -> None:
+        """Go on behind an earlier step, in the same attempt."""
+        if self._file is not None:
+            self._file.close()
+        self.resume_at(step, metrics_bytes)
 
     def phase(self, phase: str, step: int) -> None:
-        """Say what the run is doing; reaches the heartbeat file at most every 5 s."""
-        now = time.time()
-        if self._is_first and now - self._beat >= HEARTBEAT_S:
-            self._beat = now
-            beat = {"time": now, "phase": phase, "step": step, "pid": os.getpid(), "attempt": self._attempt}
-            write_atomically(self._folder.heartbeat, json.dumps(beat))
+        """Say what the run is doing."""
+        if self._heartbeat is not None:
+            self._heartbeat.enter(phase, step)
+
+    def tick(self) -> None:
+        """A sign of life within a phase."""
+        if self._heartbeat is not None:
+            self._heartbeat.tick()
+
+    def note_step_times(self, seconds: list[float], saved_step: int | None) -> None:
+        """What each rank's last step took without waiting for the others, and the newest published checkpoint."""
+        if self._heartbeat is not None:
+            self._heartbeat.note_step_times(seconds, saved_step)
+
+    def facts(self, saved_step: int | None) -> dict[str, Any]:
+        """Where this attempt began, what it saved, and where its time went, on rank 0."""
+        return {} if self._heartbeat is None else self._heartbeat.facts(saved_step)
 
     def log_start(self, val_psnr: float) -> None:
         """Note how good the network is before step 1."""
@@ -89,19 +123,35 @@ class Telemetry:
 
     def log(self, metrics: StepMetrics) -> None:
         """Note one step."""
-        if not self._is_first:
+        if self._heartbeat is None:
             return
-        self._write({name: value for name, value in metrics._asdict().items() if value is not None})
+        self._heartbeat.note_wait(metrics.data_time_s)
+        line = {name: value for name, value in metrics._asdict().items() if value is not None and value is not False}
+        self._write({name: value for name, value in line.items() if math.isfinite(value)})  # JSON knows no NaN
+        if metrics.skipped:
+            logger.warning("step %d: loss or gradient is not finite, the update is left out", metrics.step)
         is_last = metrics.step == self._config.trainer.max_steps
         if metrics.step % self._config.trainer.log_every_n_steps == 0 or is_last or metrics.val_psnr is not None:
             logger.info("%s", _step_line(metrics, self._config.trainer.max_steps))
 
     def close(self) -> None:
         """Flush what is left."""
+        if self._heartbeat:
+            self._heartbeat.close()
         if self._file:
             self._file.close()
         if self._wandb:
             self._wandb.finish()
+
+    def _cut(self, length: int) -> None:
+        """Keep the first bytes of metrics.jsonl, and the rest as this attempt's find."""
+        written = self._folder.metrics.read_bytes() if self._folder.metrics.exists() else b""
+        if len(written) > length:
+            cut = self._folder.cut_metrics(self._attempt)
+            cut.parent.mkdir(parents=True, exist_ok=True)
+            with cut.open("ab") as file:
+                file.write(written[length:])
+        write_atomically(self._folder.metrics, written[:length].decode())
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None, "resume_at comes first"

@@ -1,5 +1,7 @@
 """How good the reconstructions of unseen clips are."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,8 +25,12 @@ class Validation:
         return step % self._trainer.val_check_interval == 0 or step == self._trainer.max_steps
 
     @torch.no_grad()
-    def run(self, module: nn.Module) -> float:
+    def run(self, module: nn.Module, on_batch: Callable[[], None]) -> float:
         """Mean PSNR in dB over the validation clips of all ranks; each clip counts once, however batches fell.
+
+        Args:
+            module: network.
+            on_batch: called after each batch of this rank.
 
         Raises:
             ConfigError: if no rank has a clip.
@@ -36,6 +42,7 @@ class Validation:
                 reconstructions = module(clips).reconstructions
             values = psnr(clips, reconstructions).double()
             sums += torch.stack([values.sum(), torch.ones_like(values).sum()])
+            on_batch()
         total, count = self._groups.total(sums).tolist()
         if not count:  # the same on every rank
             raise ConfigError(

@@ -1,6 +1,12 @@
 """What a name under checkpoints/ promises, in one process with real Megatron-Core and a real loader."""
 
+import dataclasses
 import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,53 +27,191 @@ def groups():
     started.stop()
 
 
+SMALL = ["model.channels=4", "data.num_frames=9", "data.crop_size=32", "data.num_workers=0", "checkpoint.keep=2"]
+
+
+@pytest.fixture
+def config(dataset):
+    return resolve(load_experiment(None, [f"data.path={dataset}", *SMALL]), {})
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "000-abc")
+
+
 def build(folder: RunFolder, config, groups):
     from cosmos_hpc.data.loader import TrainLoader
     from cosmos_hpc.training.checkpoint import CheckpointStore
+    from cosmos_hpc.training.ema import WeightAverage
     from cosmos_hpc.training.loop import TrainState
     from cosmos_hpc.training.optimizer import Optimizer
 
     module = starting_tokenizer(config.model, 0)
-    ddp = groups.wrap(module)
+    ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     loader = TrainLoader(config.data, seed=0, rank=0, world_size=1)
-    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups.device), loader)
+    average = WeightAverage(module, 0.9)
+    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), average, loader)
     return state, CheckpointStore(folder, config, groups)
 
 
 def take_a_step(state, groups) -> None:
     """Adam has moments from its first step on."""
     clips = torch.rand(1, 3, 9, 16, 16) * 2 - 1
-    state.ddp.zero_grad_buffer()
-    (state.ddp(clips).reconstructions - clips).abs().mean().backward()
+    state.optimizer.zero_grad()
+    loss = (state.ddp(clips).reconstructions - clips).abs().mean()
+    loss.backward()
     groups.finish_gradients(state.ddp)
-    state.optimizer.step()
+    _, skipped = state.optimizer.step(loss.detach())
+    state.optimizer.learn(bool(skipped))
+    state.step += 1
+    state.consumed_samples += 8
+    state.average.update(state.step, skipped)
 
 
-def test_checkpoints_are_whole_pruned_and_refused_by_other_ranks_and_formats(tmp_path, dataset, groups):
-    small = ["model.channels=4", "data.num_frames=9", "data.crop_size=32", "data.num_workers=0", "checkpoint.keep=2"]
-    config = resolve(load_experiment(None, [f"data.path={dataset}", *small]), {})
-    folder = RunFolder(tmp_path / "000-abc")
+def names(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def everything(state) -> dict[str, torch.Tensor]:
+    """Weights, their average, and Adam's state."""
+    (adam,) = (each.optimizer for each in state.optimizer.megatron.chained_optimizers)
+    moments = {
+        f"{index}.{name}": value for index, own in adam.state_dict()["state"].items() for name, value in own.items()
+    }
+    averages = {f"ema.{name}": value for name, value in state.average.module.state_dict().items()}
+    return {name: value.clone() for name, value in (state.module.state_dict() | averages | moments).items()}
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_holds_the_state_as_it_was_when_the_save_began(folder, config, groups, distributed):
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, use_distributed_optimizer=distributed))
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    before = everything(state)
+    store.begin(state, 0, "abc")
+    take_a_step(state, groups)  # while it is being written
+    assert store.saved_step is None
+    while store.is_writing:
+        time.sleep(0.01)
+    store.advance(is_writing=False)
+    assert store.saved_step == 1
+
+    other, store = build(folder, config, groups)
+    layout = store.load_newest(other)
+    assert (other.step, other.consumed_samples, layout["wandb_id"]) == (1, 8, "abc")
+    after = everything(other)
+    assert after.keys() == before.keys()
+    assert all(value.equal(after[name]) for name, value in before.items())
+    read = load_tokenizer(folder.checkpoint(1)).state_dict()  # by the tokenizer room alone, without Megatron-Core
+    assert all(weight.equal(read[name]) for name, weight in other.module.state_dict().items())
+
+
+def test_checkpoints_are_whole_and_pruned(folder, config, groups):
     state, store = build(folder, config, groups)
     torn = folder.checkpoints / "step_00000009.partial"
     torn.mkdir(parents=True)
-    assert not store.load_newest(state)
+    assert store.load_newest(state) is None
     assert not torn.exists(), "what a kill left stays for ever"
-
-    for step in (1, 2, 3):
+    for _ in range(3):
         take_a_step(state, groups)
-        state.step, state.consumed_samples = step, 8 * step
-        store.save(state)
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_00000002", "step_00000003"]
+        store.save(state, 0, None)
+    assert names(folder) == ["latest", "step_00000002", "step_00000003"]
+    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(3)
 
-    other, store = build(folder, config, groups)
-    assert store.load_newest(other)
-    assert (other.step, other.consumed_samples) == (3, 24)
-    read = load_tokenizer(folder.checkpoint(3)).state_dict()  # by the tokenizer room alone, without Megatron-Core
-    assert all(weight.equal(read[name]) for name, weight in state.module.state_dict().items())
 
-    layout = folder.checkpoint_layout(folder.checkpoint(3))
-    for change, words in (({"world_size": 4}, "written by 4 ranks"), ({"format": 99}, "format 99")):
-        layout.write_text(json.dumps({"format": 1, "step": 3, "consumed_samples": 24, "world_size": 1} | change))
-        state, store = build(folder, config, groups)
-        with pytest.raises(ConfigError, match=words):
-            store.load_newest(state)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 1}, "has checkpoint format 1, but this version reads 2: resume with the version that wrote it"),
+        ({"use_distributed_optimizer": True}, "was written with optim.use_distributed_optimizer=True"),
+    ],
+)
+def test_checkpoints_of_another_kind_are_refused_with_the_reason(folder, config, groups, change, words):
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    layout = folder.checkpoint_layout(folder.checkpoint(1))
+    layout.write_text(json.dumps(json.loads(layout.read_text()) | change))
+    with pytest.raises(ConfigError, match=words):
+        store.load_newest(state)
+    assert folder.checkpoint(1).exists()
+
+
+def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(folder, config, groups, caplog):
+    state, store = build(folder, config, groups)
+    for _ in range(2):
+        take_a_step(state, groups)
+        store.save(state, 0, None)
+    newest = folder.checkpoint(2)
+    whole = newest.with_name("copy")
+    shutil.copytree(newest, whole)
+    files = sorted(file.name for file in whole.iterdir())
+    assert len(files) == 8
+    for file in files:
+        for spoil in (flip_a_bit, cut_in_half, Path.unlink):
+            shutil.rmtree(newest, ignore_errors=True)
+            shutil.copytree(whole, newest)
+            spoil(newest / file)
+            assert store.newest_good()[0] == folder.checkpoint(1), (file, spoil)
+            assert f"{newest} is damaged" in caplog.text
+            caplog.clear()
+    assert len(list(folder.checkpoints.glob("step_00000002.bad*"))) == 24, "evidence was thrown away"
+    assert store.load_newest(state)["step"] == 1
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_writer_that_dies_costs_no_more_than_its_checkpoint(folder, config, groups, caplog):
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    take_a_step(state, groups)
+    store.begin(state, 0, None)
+    os.kill(store._write._process.pid, signal.SIGKILL)
+    store.finish(may_fail=True)
+    assert "training goes on" in caplog.text
+    assert names(folder) == ["latest", "step_00000001"]
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    assert names(folder) == ["latest", "step_00000001", "step_00000003"]
+
+
+def test_a_full_disk_costs_a_checkpoint_while_training_and_stops_a_run_that_leaves(
+    folder, config, groups, caplog, monkeypatch
+):
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    take_a_step(state, groups)
+    full = shutil.disk_usage(folder.path)._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    store.begin(state, 0, None)
+    assert "0 MiB free" in caplog.text
+    with pytest.raises(OSError, match="No space left on device, make room"):
+        store.save(state, 0, None)
+    assert names(folder) == ["latest", "step_00000001"]
+
+
+def test_a_roll_back_restores_weights_but_goes_on_with_other_clips(folder, config, groups):
+    state, store = build(folder, config, groups)
+    batches = iter(state.loader)
+    next(batches)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    saved = everything(state)
+    take_a_step(state, groups)
+    next(batches)
+    position = state.loader.state()
+    assert store.load_newest(state, keeps_data_position=True)["step"] == 1
+    assert all(value.equal(saved[name]) for name, value in everything(state).items())
+    assert (state.step, state.consumed_samples) == (1, 16)
+    assert repr(state.loader.state()) == repr(position)

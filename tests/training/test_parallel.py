@@ -1,6 +1,8 @@
 """Megatron-Core's wrapper, optimizer and schedule on gloo ranks against a plain torch loop in one process."""
 
 import copy
+import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -22,6 +24,7 @@ def global_batch(step: int) -> torch.Tensor:
     return torch.rand(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
 
 
+@functools.cache
 def plain_torch() -> tuple[torch.nn.Module, list[float]]:
     """AdamW as torch's documentation has it; decay on weights of two or more dimensions only."""
     module = starting_tokenizer(MODEL, seed=0)
@@ -42,7 +45,7 @@ def plain_torch() -> tuple[torch.nn.Module, list[float]]:
     return module, norms
 
 
-def train_on_rank(index: int, world_size: int, num_microbatches: int, port: int, out: Path) -> None:
+def train_on_rank(index: int, world_size: int, num_microbatches: int, distributed: bool, port: int, out: Path) -> None:
     from cosmos_hpc.training.optimizer import Optimizer
     from cosmos_hpc.training.parallel import Groups
 
@@ -50,11 +53,11 @@ def train_on_rank(index: int, world_size: int, num_microbatches: int, port: int,
     torch.set_num_threads(1)
     groups = Groups.start(Rank(index, index, world_size))
     module = starting_tokenizer(MODEL, seed=index)  # rank 0's weights count
-    ddp = groups.wrap(module)
-    optimizer = Optimizer(ddp, OPTIM, groups.device)
+    ddp = groups.wrap(module, use_distributed_optimizer=distributed)
+    assert len(ddp.buffers[0].buckets) > 3
+    optimizer = Optimizer(ddp, dataclasses.replace(OPTIM, use_distributed_optimizer=distributed), groups)
     norms = []
     for step in range(STEPS):
-        ddp.zero_grad_buffer()
         optimizer.zero_grad()
         own = global_batch(step).chunk(world_size)[index]
         for count, clips in enumerate(own.chunk(num_microbatches), 1):
@@ -65,20 +68,27 @@ def train_on_rank(index: int, world_size: int, num_microbatches: int, port: int,
             else:
                 loss.backward()
         groups.finish_gradients(ddp)
-        norms.append(optimizer.step())
-    assert groups.largest(index) == world_size - 1
+        norm, skipped = optimizer.step(loss.detach())
+        optimizer.learn(bool(skipped))
+        norms.append(float(norm))
+    assert groups.gather(index) == list(range(world_size))
     assert groups.from_first(index) == 0
     if index == 0:
         torch.save({"weights": copy.deepcopy(module.state_dict()), "norms": norms, "lr": optimizer.lr}, out)
     groups.stop()
 
 
-@pytest.mark.parametrize(("world_size", "num_microbatches"), [(1, 2), (2, 2)])
-def test_megatron_core_on_gloo_ranks_equals_a_plain_torch_loop(tmp_path, world_size, num_microbatches):
-    from cosmos_hpc.training.parallel import free_port
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
+@pytest.mark.parametrize(("world_size", "num_microbatches"), [(1, 2), (2, 2), (4, 1)])
+def test_megatron_core_on_gloo_ranks_equals_a_plain_torch_loop(
+    tmp_path, monkeypatch, world_size, num_microbatches, distributed
+):
+    from cosmos_hpc.training import optimizer, parallel  # noqa: F401  # imported once, before the ranks are forked
 
+    monkeypatch.setattr(parallel, "BUCKET_SIZE", 2000)  # several buckets also in a small network
     out = tmp_path / "rank_0.pt"
-    mp.spawn(train_on_rank, (world_size, num_microbatches, free_port(), out), nprocs=world_size)
+    arguments = (world_size, num_microbatches, distributed, parallel.free_port(), out)
+    mp.start_processes(train_on_rank, arguments, nprocs=world_size, start_method="fork")
     trained = torch.load(out, weights_only=True)
     expected, norms = plain_torch()
     assert trained["norms"] == pytest.approx(norms, rel=1e-4)

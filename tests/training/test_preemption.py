@@ -1,9 +1,13 @@
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
+import torch.multiprocessing as mp
 
-from cosmos_hpc.training.preemption import Outcome, StopRequest
+from cosmos_hpc.ranks import Rank
+from cosmos_hpc.training.preemption import OUTCOMES, Outcome, StopRequest
 
 
 @pytest.fixture
@@ -16,13 +20,8 @@ def stop():
         signal.signal(number, handler)
 
 
-def alone(value: int) -> int:
-    """The largest over a group of one."""
-    return value
-
-
 def test_without_a_signal_training_goes_on(stop):
-    assert stop.agreed(alone) is None
+    assert OUTCOMES[stop.code] is None
 
 
 @pytest.mark.parametrize(
@@ -33,22 +32,54 @@ def test_without_a_signal_training_goes_on(stop):
         (signal.SIGINT, Outcome.INTERRUPTED),
     ],
 )
-def test_a_signal_only_sets_a_flag_that_is_read_at_a_step_boundary(stop, number, outcome):
+def test_a_signal_only_sets_a_flag(stop, number, outcome):
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
-    assert stop.agreed(alone) is outcome
+    assert OUTCOMES[stop.code] is outcome
 
 
-def test_ranks_that_heard_nothing_leave_with_those_that_did(stop):
-    assert stop.agreed(lambda own: max(own, 3)) is Outcome.PREEMPTED
+def test_the_stronger_of_two_signals_counts_whichever_comes_last(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert OUTCOMES[stop.code] is Outcome.PREEMPTED
 
 
 def test_a_forked_worker_does_not_take_the_signal_for_the_rank(stop):
     read, write = os.pipe()
     if os.fork() == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.write(write, b"1" if stop.agreed(alone) is None else b"0")
+        os.write(write, b"1" if OUTCOMES[stop.code] is None else b"0")
         os._exit(0)
     os.wait()
     assert os.read(read, 1) == b"1"
-    assert stop.agreed(alone) is None
+    assert OUTCOMES[stop.code] is None
+
+
+def exchange_on_rank(index: int, port: int, out: Path) -> None:
+    from cosmos_hpc.training.agreement import Agreement
+    from cosmos_hpc.training.parallel import Groups
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    groups, stop = Groups.start(Rank(index, index, 2)), StopRequest()
+    stop.install()
+    agreement, heard = Agreement(groups, stop), []
+    for step in range(3):
+        agreement.start(wants_save=step == 1 and index == 0, is_writing=step == 2 and index == 1, busy_s=index + step)
+        if step == 0 and index == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)  # during a step: too late for its own agreement
+        heard.append(tuple(agreement.read()))
+    (out / f"{index}.json").write_text(json.dumps(heard))
+    groups.stop()
+
+
+def test_ranks_leave_together_one_step_after_one_of_them_was_told(tmp_path):
+    from cosmos_hpc.training import agreement, parallel  # noqa: F401  # imported once, before the ranks are forked
+
+    mp.start_processes(exchange_on_rank, (parallel.free_port(), tmp_path), nprocs=2, start_method="fork")
+    first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
+    assert first == second
+    assert first == [
+        [None, False, False, [0, 1]],
+        ["time_limit", True, False, [1, 2]],
+        ["time_limit", False, True, [2, 3]],
+    ]

@@ -1,0 +1,107 @@
+"""The files of a checkpoint: their digests, and the renames by which a name means a whole checkpoint."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from cosmos_hpc.config.run_folder import read_json
+
+logger = logging.getLogger(__name__)
+
+DIGESTS = "sha256.json"
+"""SHA-256 of every other file in a checkpoint, by name."""
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file that is on disk for good, in hexadecimal."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_digests(folder: Path, rank: int, digests: dict[str, str]) -> None:
+    """Note one rank's digests in an unfinished checkpoint."""
+    (folder / f".digests_{rank:05d}.json").write_text(json.dumps(digests))
+
+
+def publish(unfinished: Path, target: Path, keep: int) -> None:
+    """Give a checkpoint its name, after every file is on disk with its digest; then drop the oldest beyond `keep`.
+
+    Args:
+        unfinished: its folder until now, beside `target`.
+        target: its name; a folder of that name is replaced.
+        keep: checkpoints left, newest first.
+    """
+    known: dict[str, str] = {}
+    for part in unfinished.glob(".digests_*.json"):
+        known |= json.loads(part.read_text())
+        part.unlink()
+    late = {file.name: digest(file) for file in unfinished.iterdir() if file.name not in known}
+    (unfinished / DIGESTS).write_text(json.dumps(known | late, indent=1))
+    fsync(unfinished / DIGESTS)
+    fsync(unfinished)
+    if target.exists():
+        target.rename(target.with_name(f"{target.name}.partial.replaced"))
+    unfinished.rename(target)
+    _point_at(target)
+    fsync(target.parent)
+    for old in sorted(target.parent.glob("step_????????"))[:-keep]:
+        old.rename(old.with_name(f"{old.name}.partial"))  # a name means a whole checkpoint, on its way out as well
+    remove_unfinished(target.parent)
+
+
+def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with the files of a checkpoint; none if each is as it was written.
+
+    Args:
+        checkpoint: its folder.
+        share: read only every `shares`-th file, from this one on: ranks divide the work.
+        shares: number of readers.
+    """
+    try:
+        digests = read_json(checkpoint / DIGESTS)
+    except ValueError:
+        return f"{DIGESTS} can't be read"
+    if not digests:
+        return f"{DIGESTS} is missing"
+    for name in sorted(digests)[share::shares]:
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if digest(file) != digests[name]:
+            return f"{name} is not as it was written"
+    return None
+
+
+def set_aside(checkpoint: Path, reason: str) -> None:
+    """Take a damaged checkpoint's name away from it; nothing is deleted."""
+    taken = len(list(checkpoint.parent.glob(f"{checkpoint.name}.bad*")))
+    aside = checkpoint.with_name(f"{checkpoint.name}.bad{taken or ''}")
+    checkpoint.rename(aside)
+    logger.warning("%s is damaged (%s): set aside as %s", checkpoint, reason, aside.name)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what a kill left of a save, or of a removal."""
+    for leftover in checkpoints.glob("step_????????.partial*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Have a file or folder on disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_at(target: Path) -> None:
+    """Let checkpoints/latest name the newest checkpoint, for people and other programs."""
+    pointer = target.with_name(".latest.partial")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(target.name)
+    pointer.replace(target.with_name("latest"))

@@ -1,0 +1,96 @@
+"""What an update does that must not be made, and the average of the weights."""
+
+import pytest
+import torch
+
+from cosmos_hpc.config.schema import OptimConfig
+from cosmos_hpc.ranks import Rank
+
+
+@pytest.fixture(scope="module")
+def groups():
+    from cosmos_hpc.training.parallel import Groups
+
+    started = Groups.start(Rank(0, 0, 1))
+    yield started
+    started.stop()
+
+
+class Line(torch.nn.Module):
+    """One weight, so that the arithmetic can be done by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([[1.0]]))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values @ self.weight
+
+
+def build(groups, **settings):
+    from cosmos_hpc.training.optimizer import Optimizer
+
+    module = Line()
+    config = OptimConfig(**{"lr": 0.1, "warmup_steps": 4, "weight_decay": 0.0, "clip_grad": 0.0} | settings)
+    ddp = groups.wrap(module, use_distributed_optimizer=config.use_distributed_optimizer)
+    return module, ddp, Optimizer(ddp, config, groups)
+
+
+def update(groups, ddp, optimizer, value: float) -> tuple[float, bool]:
+    optimizer.zero_grad()
+    loss = ddp(torch.tensor([[value]])).sum()
+    loss.backward()
+    groups.finish_gradients(ddp)
+    norm, skipped = optimizer.step(loss.detach())
+    optimizer.learn(bool(skipped))
+    return float(norm), bool(skipped)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_an_update_that_is_not_finite_leaves_weights_moments_and_counter_alone(groups, distributed, bad, clip_grad):
+    module, ddp, optimizer = build(groups, use_distributed_optimizer=distributed, clip_grad=clip_grad)
+    update(groups, ddp, optimizer, 2.0)
+    weight = module.weight.detach().clone()
+    (moments,) = optimizer.megatron.chained_optimizers[0].optimizer.state.values()
+    before = {name: value.clone() for name, value in moments.items()}
+    assert update(groups, ddp, optimizer, bad)[1]
+    assert module.weight.equal(weight)
+    assert all(value.equal(before[name]) for name, value in moments.items())
+    assert float(moments["step"]) == 1
+    assert update(groups, ddp, optimizer, 2.0) == (pytest.approx(2.0), False)
+    assert not module.weight.equal(weight)
+
+
+def test_the_schedule_counts_only_updates_that_were_made(groups):
+    _, ddp, optimizer = build(groups)
+    rates = []
+    for value in (2.0, float("nan"), 2.0, 2.0, 2.0):
+        update(groups, ddp, optimizer, value)
+        rates.append(optimizer.lr / 0.1 * 4)
+    # the host knows of a skipped update one update later, and the schedule takes it back in the one after that
+    assert rates == pytest.approx([1, 2, 3, 3, 4])
+
+
+def test_large_gradients_are_clipped_to_the_norm_asked_for(groups):
+    _, ddp, optimizer = build(groups, clip_grad=0.5, betas=(0.0, 0.999), warmup_steps=0)
+    assert update(groups, ddp, optimizer, 100.0)[0] == pytest.approx(100.0)
+    (moments,) = optimizer.megatron.chained_optimizers[0].optimizer.state.values()
+    assert float(moments["exp_avg"]) == pytest.approx(0.5)
+
+
+def test_average_follows_the_weights_with_warm_up_and_ignores_skipped_updates(groups):
+    from cosmos_hpc.training.ema import WeightAverage
+
+    module = Line()
+    average = WeightAverage(module, decay=0.5)
+    made, skipped = torch.zeros(()), torch.ones(())
+    module.weight.data.fill_(12.0)
+    average.update(1, made)  # decay (1 + 1) / (10 + 1)
+    assert float(average.module.weight) == pytest.approx(1 + (1 - 2 / 11) * 11)
+    average.update(2, skipped)
+    assert float(average.module.weight) == pytest.approx(10.0)
+    average.update(100, made)  # past the warm-up: 0.5
+    assert float(average.module.weight) == pytest.approx(11.0)
+    assert not average.module.weight.requires_grad
