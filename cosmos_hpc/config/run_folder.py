@@ -110,6 +110,15 @@ class RunFolder:
         """The whole checkpoint of the latest step; none before the first save."""
         return max(self.checkpoints.glob("step_????????"), default=None)
 
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint; 0 before the first save."""
+        newest = self.newest_checkpoint()
+        return 0 if newest is None else int(newest.name.partition("_")[2])
+
+    def unfinished_checkpoints(self) -> list[Path]:
+        """What a kill or a full disk left of a save."""
+        return sorted(self.checkpoints.glob("step_????????.partial*"))
+
     def checkpoint_layout(self, checkpoint: Path) -> Path:
         """Step, ranks and format of a checkpoint, as JSON."""
         return checkpoint / "checkpoint.json"
@@ -122,6 +131,10 @@ class RunFolder:
         """Everything that one rank printed in one attempt."""
         return self.attempt_logs(attempt) / f"rank_{rank}.log"
 
+    def cut_metrics(self, attempt: int) -> Path:
+        """Lines that an attempt cut off metrics.jsonl, since it trained their steps again."""
+        return self.attempt_logs(attempt) / "metrics_cut.jsonl"
+
     def launcher_log(self, attempt: int) -> Path:
         """What the process that starts the ranks printed: deaths before a rank could open its own log."""
         return self.attempt_logs(attempt) / "launcher.log"
@@ -129,6 +142,18 @@ class RunFolder:
     def outcome(self, attempt: int) -> Path:
         """How the attempt ended, as rank 0 saw it; missing where it could not tell."""
         return self.attempt_logs(attempt) / "outcome.json"
+
+    def failure(self, attempt: int, rank: int) -> Path:
+        """The exception that a rank ended by, as it saw it; missing where it ended otherwise."""
+        return self.attempt_logs(attempt) / f"failure_rank_{rank}.json"
+
+    def failures(self, attempt: int) -> list[Path]:
+        """What ranks left of this kind in one attempt."""
+        return sorted(self.attempt_logs(attempt).glob("failure_rank_*.json"))
+
+    def rank_logs(self, attempt: int) -> list[Path]:
+        """Logs of the ranks that came so far as to open one."""
+        return sorted(self.attempt_logs(attempt).glob("rank_*.log"))
 
 
 @dataclass(frozen=True)
