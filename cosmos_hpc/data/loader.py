@@ -1,27 +1,26 @@
 """Batches of clips for one rank: for training without end and exactly resumable, for validation in one order."""
 
-import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset, get_val_dataset
+from megatron.energon import WorkerConfig, get_train_dataset, get_val_dataset
 from megatron.energon.errors import FatalSampleError
+from megatron.energon.savable_loader import BasicDataLoader
 from torch import Tensor
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
-from cosmos_hpc.data.task_encoder import USELESS, ClipBatch, ClipTaskEncoder, SkippedVideos
+from cosmos_hpc.data.streams import BEGINNING, PositionedBatches, StreamPosition, furthest_behind, share
+from cosmos_hpc.data.task_encoder import USELESS, ClipTaskEncoder, SkippedVideos
 from cosmos_hpc.data.workers import WorkerContext
-
-SNAPSHOT_EVERY_S = 10.0
-"""A resume decodes again what a worker made since its last snapshot: about this long."""
 
 
 def to_unit_range(clips: Tensor) -> Tensor:
@@ -33,21 +32,14 @@ def to_unit_range(clips: Tensor) -> Tensor:
 class Layout:
     """What must not change between saving a position in the data and restoring it.
 
-    Energon itself refuses another number of workers only, and without a message; under the other changes it goes on
-    with other samples.
+    Energon itself refuses none of these: it would go on with other samples.
     """
 
-    world_size: int
-    """Ranks."""
-
-    workers_per_rank: int
-    """Decoding processes per rank."""
+    num_streams: int
+    """Streams over all ranks: ranks x workers per rank, a rank that decodes itself being one."""
 
     shuffle_buffer_size: int
     """data.shuffle_buffer_size."""
-
-    micro_batch_size: int
-    """data.micro_batch_size."""
 
     train_samples: int | None
     """Samples in the split train; none where it can't be told beforehand."""
@@ -60,10 +52,8 @@ class Layout:
 
 
 MENDS = {
-    "world_size": "set trainer.devices and trainer.num_nodes to {saved} ranks",
-    "workers_per_rank": "decode with {saved} workers per rank (data.num_workers, or data.num_streams over all ranks)",
+    "num_streams": "set data.num_streams to {saved} and trainer.devices x trainer.num_nodes to {ranks}",
     "shuffle_buffer_size": "set data.shuffle_buffer_size to {saved}",
-    "micro_batch_size": "set data.micro_batch_size to {saved}",
     "train_samples": "bring back the dataset of {saved} training samples",
     "seed": "set trainer.seed to {saved}",
     "energon": "install megatron-energon=={saved}",
@@ -72,7 +62,7 @@ MENDS = {
 
 @dataclass(frozen=True)
 class LoaderState:
-    """One rank's position in the data: everything after it is determined."""
+    """One rank's position in the data. Those of all ranks, taken after the same step, determine everything after it."""
 
     layout: Layout
     """The arrangement for which the position holds."""
@@ -80,8 +70,14 @@ class LoaderState:
     rank: int
     """Whose position it is."""
 
-    position: Any
-    """Energon's own state; none before the first clip."""
+    world_size: int
+    """Number of ranks that share the streams."""
+
+    streams: tuple[StreamPosition, ...]
+    """Positions of the rank's streams, in their order over all ranks."""
+
+    next_stream: int
+    """Index among them of the one that gives the next batch."""
 
 
 class TrainLoader:
@@ -106,15 +102,13 @@ class TrainLoader:
         if train_samples is not None:
             _check_streams(data, train_samples, world_size, num_workers)
         self.layout = Layout(
-            world_size=world_size,
-            workers_per_rank=num_workers,
+            num_streams=world_size * max(1, num_workers),
             shuffle_buffer_size=data.shuffle_buffer_size,
-            micro_batch_size=data.micro_batch_size,
             train_samples=train_samples,
             seed=seed,
             energon=version("megatron-energon"),
         )
-        self.rank = rank
+        self._rank, self._world_size = rank, world_size
         self._path = path
         self._skipped = SkippedVideos()
         worker_config = WorkerConfig(
@@ -131,11 +125,13 @@ class TrainLoader:
             batch_drop_last=True,
             shuffle_buffer_size=data.shuffle_buffer_size,
             max_samples_per_sequence=None,
-            task_encoder=_task_encoder(data, self._skipped, is_training=True),
+            task_encoder=_task_encoder(data, self._skipped, seed),
         )
-        self._loader = _open(dataset, seed)
-        self._batches: Iterator[ClipBatch] | None = None
-        self._is_closed = False
+        self._dataset = PositionedBatches(dataset, worker_config=worker_config)
+        self._loader = _open(self._dataset, seed)
+        self._streams = [BEGINNING] * max(1, num_workers)
+        self._next_stream = 0
+        self._clips: Iterator[Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Uint8 clips [B, 3, T, H, W], B the micro-batch size; a second call goes on where the first one is.
@@ -143,9 +139,16 @@ class TrainLoader:
         Raises:
             ConfigError: if no video among many can be used.
         """
-        if self._batches is None:
-            self._batches = _usable(self._loader, self._path)
-        return (batch.clips for batch in self._batches)
+        if self._clips is None:
+            self._clips = self._take_clips()
+        return self._clips
+
+    def _take_clips(self) -> Iterator[Tensor]:
+        for batch, stream, state in _usable(self._loader, self._path):
+            num_clips = self._streams[stream].num_clips + len(batch.clips)
+            self._streams[stream] = StreamPosition(num_clips, state)
+            self._next_stream = (stream + 1) % len(self._streams)
+            yield batch.clips
 
     @property
     def num_skipped(self) -> int:
@@ -153,13 +156,14 @@ class TrainLoader:
         return self._skipped.count
 
     def state(self) -> LoaderState:
-        """The position behind the last clip that was taken out. Picklable; a resume needs each rank's own."""
-        if self._is_closed:
-            raise RuntimeError("state() came after close(): the workers that know the position are gone")
-        return LoaderState(self.layout, self.rank, copy.deepcopy(self._loader.save_state_rank()))
+        """The position behind the last clip that was taken out. Picklable; waits for no worker."""
+        return LoaderState(self.layout, self._rank, self._world_size, tuple(self._streams), self._next_stream)
 
     def restore(self, states: Sequence[LoaderState]) -> None:
-        """Go on behind a saved position. To be called before the first clip is taken.
+        """Go on behind a saved position, whatever the micro-batch size. To be called before the first clip is taken.
+
+        At the same number of ranks, the next clips are those of the unbroken run. At another, the streams are shared
+        out anew: each goes on where it was, so that no sample is lost and none comes twice in a pass.
 
         Args:
             states: Those of all ranks of the checkpoint, in the order of their ranks.
@@ -167,25 +171,22 @@ class TrainLoader:
         Raises:
             ConfigError: if the position was saved under another layout.
         """
-        if self._batches is not None:
+        if self._clips is not None:
             raise RuntimeError("restore() came after the first clip: restore a fresh loader")
         ranks = [state.rank for state in states]
-        if ranks != list(range(states[0].layout.world_size)):
+        if ranks != list(range(states[0].world_size)):
             raise RuntimeError(f"restore() got the positions of ranks {ranks}: pass those of all, in order")
         _check_layout(states[0].layout, self.layout)
-        state = states[self.rank]
-        self._loader.restore_state_rank(copy.deepcopy(state.position))
-        if state.position is not None and self.layout.workers_per_rank:
-            # Energon 7.4.1 forgets the offset: a save before every worker has yielded again would repeat clips
-            self._loader._worker_sample_counters = [
-                worker.state.sample_index + worker.offset - 1 for worker in state.position.worker_states
-            ]
+        self._streams = share([stream for state in states for stream in state.streams], self._rank, self._world_size)
+        is_same = len(states) == self._world_size
+        self._next_stream = states[self._rank].next_stream if is_same else furthest_behind(self._streams)
+        self._dataset.start_at([stream.state for stream in self._streams])
+        self._loader.worker_init_fn = partial(_start_worker, self._next_stream, self._loader.worker_init_fn)
 
     def close(self) -> None:
-        """End the workers. Neither clips nor the position can be taken afterwards."""
+        """End the workers. No clips can be taken afterwards."""
         _end_workers(self._loader)
-        self._batches = iter(())
-        self._is_closed = True
+        self._clips = iter(())
 
 
 class ValidationLoader:
@@ -226,7 +227,7 @@ class ValidationLoader:
             worker_config=self._worker_config,
             batch_size=self._data.micro_batch_size,
             limit=self._limit_batches,
-            task_encoder=_task_encoder(self._data, self._skipped, is_training=False),
+            task_encoder=_task_encoder(self._data, self._skipped, seed=None),
         )
         loader = _open(dataset, seed=0)
         try:
@@ -241,18 +242,21 @@ class ValidationLoader:
         return self._skipped.count
 
 
-def _task_encoder(data: DataConfig, skipped: SkippedVideos, *, is_training: bool) -> ClipTaskEncoder:
-    return ClipTaskEncoder(
-        num_frames=data.num_frames, crop_size=data.crop_size, is_training=is_training, skipped=skipped
-    )
+def _task_encoder(data: DataConfig, skipped: SkippedVideos, seed: int | None) -> ClipTaskEncoder:
+    return ClipTaskEncoder(num_frames=data.num_frames, crop_size=data.crop_size, seed=seed, skipped=skipped)
 
 
-def _open(dataset: Any, seed: int) -> Any:
+def _start_worker(first_stream: int, initialize: Callable[[int], None], worker_id: int) -> None:
+    """In a worker: torch asks worker 0 first, so let that be the one whose turn it is."""
+    WorkerConfig.worker_id_offset = first_stream
+    initialize(worker_id)
+
+
+def _open(dataset: Any, seed: int) -> BasicDataLoader:
     """Energon's loader, which draws nothing from torch's global generator and whose workers obey their rank alone."""
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores
-    loader = get_savable_loader(
+    loader = BasicDataLoader(
         dataset,
-        checkpoint_every_sec=SNAPSHOT_EVERY_S,
         watchdog_timeout_seconds=None,
         gc_collect_every_n_steps=10 if dataset.worker_config.num_workers else 0,  # the rank's heap stays unfrozen
     )
@@ -263,7 +267,7 @@ def _open(dataset: Any, seed: int) -> Any:
     return loader
 
 
-def _usable(loader: Any, path: Path) -> Iterator[ClipBatch]:
+def _usable(loader: BasicDataLoader, path: Path) -> Iterator[Any]:
     """Energon's batches; its error over a dataset in which nothing is usable becomes the user's."""
     try:
         yield from loader
@@ -274,7 +278,7 @@ def _usable(loader: Any, path: Path) -> Iterator[ClipBatch]:
         raise ConfigError(f"data.path is {path}, but holds {sentences[-1].rstrip('.')}") from error
 
 
-def _end_workers(loader: Any) -> None:
+def _end_workers(loader: BasicDataLoader) -> None:
     """Torch ends persistent workers only with the interpreter, unless its private iterator is told to."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and loader.num_workers > 0:
@@ -298,6 +302,8 @@ def _check_streams(data: DataConfig, train_samples: int, world_size: int, num_wo
 def _check_layout(saved: Layout, layout: Layout) -> None:
     changed = [field.name for field in fields(Layout) if getattr(saved, field.name) != getattr(layout, field.name)]
     if changed:
+        *fitting, most = [str(ranks) for ranks in range(1, saved.num_streams + 1) if saved.num_streams % ranks == 0]
+        ranks = f"{', '.join(fitting)} or {most}" if fitting else most
         what = ", ".join(f"{name} {getattr(saved, name)} -> {getattr(layout, name)}" for name in changed)
-        mend = ", ".join(MENDS[name].format(saved=getattr(saved, name)) for name in changed)
+        mend = ", ".join(MENDS[name].format(saved=getattr(saved, name), ranks=ranks) for name in changed)
         raise ConfigError(f"the checkpoint's position in the data fits another layout ({what}): {mend}")

@@ -240,7 +240,7 @@ def _load_one(root: Path, part: str) -> None:
                 worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=skipped.on_error),
                 batch_size=1,
                 limit=1,
-                task_encoder=ClipTaskEncoder(num_frames=1, crop_size=16, is_training=False, skipped=skipped),
+                task_encoder=ClipTaskEncoder(num_frames=1, crop_size=16, seed=None, skipped=skipped),
             )
             loader = get_loader(dataset, watchdog_timeout_seconds=None)
             loader.pin_memory = False  # on a machine without a GPU, torch would warn

@@ -12,6 +12,7 @@ from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
     Sample,
+    SavableDataset,
     SkipSample,
     WorkerConfig,
     basic_sample_keys,
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cosmos_hpc.data.clips import UndecodableError, decode_chosen_clip
+from cosmos_hpc.data.streams import NumberedPasses, pass_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,21 +112,26 @@ class ClipTaskEncoder(DefaultTaskEncoder):
 
     decoder = None  # fields stay bytes
 
-    def __init__(self, *, num_frames: int, crop_size: int, is_training: bool, skipped: SkippedVideos) -> None:
+    def __init__(self, *, num_frames: int, crop_size: int, seed: int | None, skipped: SkippedVideos) -> None:
         """Both sizes are those of the clip: frames, and pixels in height and width.
 
         Args:
             num_frames: T.
             crop_size: H and W.
-            is_training: Random start and crop; else the middle of the video and of the picture.
+            seed: Of the random starts and crops; none: the middle of the video and of the picture.
             skipped: Takes note of what can't be used.
         """
         super().__init__()
         self.num_frames = num_frames
         self.crop_size = crop_size
-        self.is_training = is_training
+        self.seed = seed
         self.skipped = skipped
         self.cookers = [Cooker(cook_raw_video)]
+
+    def _load_dataset(self, dataset: Any, worker_rotation_offset: int, worker_config: WorkerConfig) -> SavableDataset:
+        """Energon's, with numbered passes: what comes out is repeated and goes into the shuffle buffer."""
+        samples = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
+        return NumberedPasses(samples, worker_config=worker_config)
 
     @stateless
     def encode_sample(self, sample: Sample) -> Clip:
@@ -137,7 +144,7 @@ class ClipTaskEncoder(DefaultTaskEncoder):
         if self.skipped.known(video):
             self.skipped.add(video, "")
             raise SkipSample
-        draw = self._generator() if self.is_training else None
+        draw = None if self.seed is None else _generator(self.seed, sample)
         try:
             frames = decode_chosen_clip(_mp4(sample), self.num_frames, lambda last: _choose(last, draw))
         except UndecodableError as error:
@@ -154,17 +161,6 @@ class ClipTaskEncoder(DefaultTaskEncoder):
             __restore_key__=tuple(sample.__restore_key__ for sample in samples),
             clips=torch.stack([sample.clip for sample in samples]),
         )
-
-    def _generator(self) -> torch.Generator:
-        """Random numbers for one sample, fixed by the seed, the stream and the sample's place in it.
-
-        Not `stateless(restore_seeds=True)`: its seed is kept in the function, so that a loader that decodes in the
-        rank itself would hand its own to every worker forked later.
-        """
-        worker_config = WorkerConfig.active_worker_config
-        place = f"{worker_config.worker_seed()},{self.current_sample_index}"
-        digest = hashlib.sha256(place.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def crop(frames: Tensor, size: int, draw: torch.Generator | None) -> Tensor:
@@ -193,6 +189,12 @@ def crop(frames: Tensor, size: int, draw: torch.Generator | None) -> Tensor:
 def cook_raw_video(sample: dict[str, Any]) -> RawVideo:
     """Read a crude dataset: one whose dataset.yaml maps no fields."""
     return RawVideo(**basic_sample_keys(sample), mp4=sample.get("mp4", b""))
+
+
+def _generator(seed: int, sample: Sample) -> torch.Generator:
+    """Random numbers for one sample in one pass, whichever rank and worker decodes it and after whichever resume."""
+    digest = hashlib.sha256(f"{seed},{sample.__key__},{pass_of(sample)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def _choose(last: int, draw: torch.Generator | None) -> int:

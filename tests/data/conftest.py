@@ -6,6 +6,7 @@ import pytest
 from small_videos import NUM_TRAIN, NUM_VAL, pictures
 
 from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.video_file import write_mp4
@@ -47,3 +48,17 @@ def data_config(dataset):
         return DataConfig(**settings | changes)
 
     return make
+
+
+@pytest.fixture
+def train_loader():
+    """Makes loaders and ends their workers."""
+    made = []
+
+    def make(config, *, seed=7, rank=0, world_size=1) -> TrainLoader:
+        made.append(TrainLoader(config, seed=seed, rank=rank, world_size=world_size))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()

@@ -1,51 +1,27 @@
-"""The loader repeats itself and resumes exactly, sees every video, and outlives bad ones and signals to the rank."""
+"""The loader repeats itself, sees every video, and outlives bad ones and signals to the rank."""
 
 import logging
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from batches import equal, take
 from small_videos import NUM_FRAMES, NUM_TRAIN, NUM_VAL, film, pictures, start_of, video_of
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.data.loader import LoaderState, TrainLoader, ValidationLoader, to_unit_range
+from cosmos_hpc.data.loader import TrainLoader, ValidationLoader, to_unit_range
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.video_file import write_mp4
-
-
-def take(loader, count: int) -> list[torch.Tensor]:
-    return list(islice(loader, count))
-
-
-def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return len(some) == len(others) and all(torch.equal(*pair) for pair in zip(some, others, strict=True))
-
-
-@pytest.fixture
-def train_loader():
-    """Makes loaders and ends their workers."""
-    made = []
-
-    def make(config, *, seed=7, rank=0, world_size=1) -> TrainLoader:
-        made.append(TrainLoader(config, seed=seed, rank=rank, world_size=world_size))
-        return made[-1]
-
-    yield make
-    for loader in made:
-        loader.close()
-
 
 # what comes out
 
@@ -160,149 +136,6 @@ def test_real_films_are_read(data_config, train_loader, videos, tmp_path):
     assert all(clip.float().std() > 10 for clip in clips)
 
 
-# resume
-
-
-RANK = """
-import pickle, sys
-from itertools import islice
-from pathlib import Path
-from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
-
-config, count, clips_to, state_to = pickle.loads(Path(sys.argv[1]).read_bytes())
-list(ValidationLoader(config, rank=0, world_size=1))
-loader = TrainLoader(config, seed=7, rank=0, world_size=1)
-Path(clips_to).write_bytes(pickle.dumps([batch.numpy() for batch in islice(loader, count)]))
-Path(state_to).write_bytes(pickle.dumps(loader.state()))
-"""
-
-
-def test_another_process_stops_and_this_one_goes_on(data_config, train_loader, tmp_path):
-    config = data_config(num_workers=2)
-    unbroken = take(train_loader(config), 12)
-    (tmp_path / "asked").write_bytes(pickle.dumps((config, 5, tmp_path / "clips", tmp_path / "state")))
-    done = subprocess.run([sys.executable, "-c", RANK, tmp_path / "asked"], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")  # the user's terminal stays clean
-    its_clips = [torch.from_numpy(batch) for batch in pickle.loads((tmp_path / "clips").read_bytes())]
-    loader = train_loader(config)
-    loader.restore([pickle.loads((tmp_path / "state").read_bytes())])
-    assert equal(its_clips + take(loader, 7), unbroken)
-
-
-@pytest.mark.parametrize(("num_workers", "draw"), [(0, 0), (0, 1), (0, 2), (3, 1)])
-def test_run_interrupted_at_random_points_gives_the_clips_of_an_unbroken_one(
-    data_config, train_loader, num_workers, draw
-):
-    chance = random.Random(f"{num_workers} {draw}")
-    config = data_config(
-        num_workers=num_workers,
-        micro_batch_size=chance.choice([1, 2, 3]),
-        shuffle_buffer_size=chance.choice([1, 3, 30]),
-    )
-    unbroken = take(train_loader(config, seed=draw), 24)
-    pieces: list[torch.Tensor] = []
-    state = None
-    while len(pieces) < 24:
-        loader = train_loader(config, seed=draw)
-        if state is not None:
-            loader.restore([pickle.loads(state)])
-        pieces += take(loader, min(chance.randrange(0, 12), 24 - len(pieces)))
-        state = pickle.dumps(loader.state())
-        loader.close()
-    assert equal(pieces, unbroken)
-
-
-def test_second_interruption_before_every_worker_has_yielded_repeats_nothing(data_config, train_loader):
-    """Energon 7.4.1 alone repeats the clips between its last snapshot and the first save for the silent workers."""
-    config = data_config(num_workers=2)
-    unbroken = take(train_loader(config), 14)
-    pieces: list[torch.Tensor] = []
-    state = None
-    for count in (9, 1, 4):
-        loader = train_loader(config)
-        if state is not None:
-            loader.restore([state])
-        pieces += take(loader, count)
-        state = loader.state()
-        loader.close()
-    assert equal(pieces, unbroken)
-
-
-def test_saving_does_not_disturb_what_follows(data_config, train_loader):
-    config = data_config(num_workers=1)
-    undisturbed = take(train_loader(config), 6)
-    loader, batches = train_loader(config), []
-    for batch in islice(loader, 6):
-        batches.append(batch)
-        loader.state()
-    assert equal(batches, undisturbed)
-
-
-def test_state_is_a_moment_and_not_a_view(data_config, train_loader):
-    loader = train_loader(data_config())
-    take(loader, 2)
-    state = loader.state()
-    before = pickle.dumps(state)
-    following = take(loader, 5)
-    assert pickle.dumps(state) == before
-    for _ in range(2):  # restoring leaves it usable, too
-        fresh = train_loader(data_config())
-        fresh.restore([state])
-        assert equal(take(fresh, 5), following)
-
-
-def test_second_iteration_goes_on_instead_of_starting_over(data_config, train_loader):
-    together = take(train_loader(data_config()), 5)
-    loader = train_loader(data_config())
-    assert equal(take(loader, 2) + take(loader, 3), together)
-
-
-@pytest.mark.parametrize(
-    ("changes", "mend"),
-    [
-        ({"num_workers": 1}, r"\(workers_per_rank 2 -> 1\): decode with 2 workers per rank"),
-        ({"num_streams": 3}, r"\(workers_per_rank 2 -> 3\): decode with 2 workers per rank"),
-        ({"shuffle_buffer_size": 5}, r"\(shuffle_buffer_size 4 -> 5\): set data.shuffle_buffer_size to 4"),
-        ({"micro_batch_size": 1}, r"\(micro_batch_size 2 -> 1\): set data.micro_batch_size to 2"),
-        ({"seed": 8}, r"\(seed 7 -> 8\): set trainer.seed to 7"),
-        ({"world_size": 2}, r"\(world_size 1 -> 2\): set trainer.devices and trainer.num_nodes to 1 ranks"),
-    ],
-)
-def test_position_of_another_layout_is_refused_with_the_mend(data_config, train_loader, changes, mend):
-    state = train_loader(data_config(num_workers=2)).state()
-    settings = {"num_workers": 2} | changes
-    arguments = {name: settings.pop(name) for name in ("seed", "world_size") if name in settings}
-    other = train_loader(data_config(**settings), **arguments)
-    with pytest.raises(
-        ConfigError, match=f"^the checkpoint's position in the data fits another layout {mend}"
-    ) as error:
-        other.restore([state])
-    assert "\n" not in str(error.value)
-
-
-def test_position_in_another_dataset_is_refused(data_config, train_loader, videos, tmp_path):
-    state = train_loader(data_config()).state()
-    pack([videos / "train/00.mp4", videos / "train/01.mp4"], tmp_path / "train")
-    pack([videos / "val"], tmp_path / "val")
-    prepare(tmp_path, num_workers=1)
-    with pytest.raises(ConfigError, match=r"train_samples 10 -> 2.*bring back the dataset of 10 training samples"):
-        train_loader(data_config(path=str(tmp_path))).restore([state])
-
-
-def test_position_of_too_few_ranks_and_late_calls_are_our_own_mistakes(data_config, train_loader):
-    loader = train_loader(data_config(), world_size=2)
-    state = loader.state()
-    assert isinstance(state, LoaderState)
-    with pytest.raises(RuntimeError, match=r"got the positions of ranks \[0\]: pass those of all, in order"):
-        train_loader(data_config(), rank=1, world_size=2).restore([state])
-    take(loader, 1)
-    with pytest.raises(RuntimeError, match="restore a fresh loader"):
-        loader.restore([state])
-    loader.close()
-    with pytest.raises(RuntimeError, match=r"state\(\) came after close\(\)"):
-        loader.state()
-
-
 # bad data
 
 
@@ -393,7 +226,9 @@ def test_fewer_samples_than_streams_are_refused_at_once(data_config, changes, wo
 
 
 def test_streams_are_divided_over_the_ranks(data_config, train_loader):
-    assert train_loader(data_config(num_streams=4, num_workers=9), world_size=2).layout.workers_per_rank == 2
+    state = train_loader(data_config(num_streams=4, num_workers=9), world_size=2).state()
+    assert state.layout.num_streams == 4
+    assert len(state.streams) == 2
 
 
 # validation
