@@ -255,6 +255,8 @@ def test_other_weights_or_settings_into_the_same_folder_are_refused(tmp_path, cv
         tokenize([video], weights_of("CV8x8x8", seed=1), out)
     with pytest.raises(ConfigError, match=r"made with --to shards, not safetensors, --max-frames None, not 3: choose"):
         tokenize([video], cv, out, to="safetensors", max_frames=3)
+    with pytest.raises(ConfigError, match="made with --tile-size None, not 128, --tile-overlap None, not 64: choose"):
+        tokenize([video], cv, out, tile_size=128)
     assert files_in(out) == before
 
 
@@ -270,6 +272,8 @@ def test_other_weights_or_settings_into_the_same_folder_are_refused(tmp_path, cv
         (["shards"], "out", {"shard_size_mib": 1}, "--shard-size-mib is for video files into shards"),
         (["films"], "out", {"shard_size_mib": 0}, "--shard-size-mib is 0, in which nothing fits"),
         (["films"], "out", {"max_frames": 0}, "--max-frames is 0, which leaves nothing of a video: set 1 or more"),
+        (["films"], "out", {"tile_overlap": 8}, "tiles can't overlap by 8 pixels without a tile size: give one"),
+        (["films"], "out", {"tile_size": 64}, "tiles of 64 pixels can't overlap by 64: let them overlap by at least 8"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, cv, monkeypatch, sources, out, options, message):
@@ -283,6 +287,18 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, cv, monkeypatch, sour
         tokenize([Path(source) for source in sources], cv, Path(out), **options)
     assert "\n" not in str(refusal.value)
     assert not Path("out").exists()
+
+
+def test_large_frames_are_tokenized_in_tiles_when_asked(tmp_path, cv):
+    video, out = film(tmp_path / "videos" / "a.mp4", 9, 40, 64), tmp_path / "out"
+    tokenize([video], cv, out, dtype="fp32", tile_size=32, tile_overlap=8)
+    (sample,) = samples_in(out / "shard-000000.tar")
+    tiled = Tokenizer.from_weights(cv, tile_size=32, tile_overlap=8).encode(frames_of(video)).latents
+    assert torch.from_numpy(sample["latents.npy"]).equal(tiled)
+    assert not tiled.allclose(Tokenizer.from_weights(cv).encode(frames_of(video)).latents)
+    assert tokenize([video], cv, out, dtype="fp32", tile_size=32, tile_overlap=8).kept == 1
+    with pytest.raises(ConfigError, match="was made with --tile-overlap 8, not 16: choose another folder"):
+        tokenize([video], cv, out, dtype="fp32", tile_size=32, tile_overlap=16)
 
 
 def test_two_calls_at_once_do_not_mix(tmp_path, cv):

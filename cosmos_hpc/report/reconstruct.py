@@ -50,6 +50,8 @@ def reconstruct_all(
     *,
     max_frames: int | None = None,
     overwrite: bool = False,
+    tile_size: int | None = None,
+    tile_overlap: int | None = None,
     on_frames: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReconstructSummary:
     """Write one side-by-side mp4 for each video, named by its path below its source; broken videos are left out.
@@ -60,6 +62,8 @@ def reconstruct_all(
         out: folder of the mp4s; made where missing.
         max_frames: frames of each video after which to stop; none: the whole video.
         overwrite: write anew what is there already.
+        tile_size: pixels along the sides of the tiles that larger frames are cut into; none takes frames whole.
+        tile_overlap: pixels over which neighbouring tiles are blended; `TILE_OVERLAP` if left out.
         on_frames: called with the frames that are done and those that this call has in all.
 
     Raises:
@@ -79,7 +83,7 @@ def reconstruct_all(
     infos = _look_into_all([video for video, target in targets.items() if target not in kept], refused)
     counts = {video: min(info.frames, max_frames or info.frames) for video, info in infos.items()}
     if infos:
-        tokenizer = Tokenizer.from_weights(weights, compute_device())
+        tokenizer = Tokenizer.from_weights(weights, compute_device(), tile_size=tile_size, tile_overlap=tile_overlap)
         bar = _FrameCount(sum(counts.values()), on_frames)
         for video, info in infos.items():
             try:

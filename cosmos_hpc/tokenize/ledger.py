@@ -31,6 +31,10 @@ class Settings:
     to: str
     dtype: str
     max_frames: int | None
+    tile_size: int | None
+    tile_overlap: int | None
+    """None where frames are taken whole."""
+
     tokenizer: str
     weights_sha256: str
 
@@ -105,9 +109,9 @@ class Ledger:
         return whole.splitlines()
 
     def _check(self, there: dict[str, object], settings: Settings) -> None:
-        options = {"to": "--to", "dtype": "--dtype", "max_frames": "--max-frames", "weights_sha256": "weights"}
+        facts = {"weights_sha256": "weights", "tokenizer": "tokenizer"}  # the others are options of the command
         others = [
-            f"{options.get(name, name)} {str(there.get(name))[:12]}, not {str(value)[:12]}"
+            f"{facts.get(name) or '--' + name.replace('_', '-')} {str(there.get(name))[:12]}, not {str(value)[:12]}"
             for name, value in asdict(settings).items()
             if there.get(name) != value
         ]

@@ -24,6 +24,7 @@ from cosmos_hpc.tokenize.samples import (
 )
 from cosmos_hpc.tokenize.sources import Video, decoded, find, look_into, opened
 from cosmos_hpc.tokenizer import EncodedVideo, Tokenizer, load_tokenizer
+from cosmos_hpc.tokenizer.inference import TILE_OVERLAP
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_SHARD_SIZE_MIB = 256.0
@@ -73,6 +74,8 @@ def tokenize(
     dtype: str = "bf16",
     shard_size_mib: float | None = None,
     max_frames: int | None = None,
+    tile_size: int | None = None,
+    tile_overlap: int | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> TokenizeSummary:
     """Encode videos and write their latents or indices; what an earlier call has finished in `out` is kept.
@@ -86,6 +89,8 @@ def tokenize(
         dtype: `bf16` or `fp32`, in which the network computes.
         shard_size_mib: Where videos come as files: a shard is closed before it grows beyond this; 256 if left out.
         max_frames: Frames of each video after which to stop; none: the whole video.
+        tile_size: Pixels along the sides of the tiles that larger frames are cut into; none takes frames whole.
+        tile_overlap: Pixels over which neighbouring tiles are blended; `TILE_OVERLAP` if left out.
         on_progress: Called after each stretch of frames and after each video.
 
     Raises:
@@ -97,9 +102,17 @@ def tokenize(
     videos = find(sources, out)
     max_bytes = _shard_bytes(shard_size_mib, to, videos)
     network = load_tokenizer(weights)
-    settings = Settings(to, dtype, max_frames, network.architecture.name, weights_sha256(network))
+    settings = Settings(
+        to=to,
+        dtype=dtype,
+        max_frames=max_frames,
+        tile_size=tile_size,
+        tile_overlap=TILE_OVERLAP if tile_size is not None and tile_overlap is None else tile_overlap,
+        tokenizer=network.architecture.name,
+        weights_sha256=weights_sha256(network),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer(network.to(device, DTYPES[dtype]))
+    tokenizer = Tokenizer(network.to(device, DTYPES[dtype]), tile_size=tile_size, tile_overlap=tile_overlap)
     with Ledger(out, settings) as ledger:
         todo = _missing(videos, ledger, to)
         work = _Work(tokenizer, settings, ledger, len(todo), on_progress)

@@ -15,6 +15,9 @@ from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.tiles import Tile, blend_tiles
 from cosmos_hpc.tokenizer.weights import load_tokenizer
 
+TILE_OVERLAP = 64
+"""Pixels that neighbouring tiles share unless told otherwise."""
+
 
 class EncodedVideo(NamedTuple):
     """A video as latents or indices, and the size to cut it back to."""
@@ -68,7 +71,7 @@ class Tokenizer:
         window_frames: int = 65,
         overlap_frames: int = 24,
         tile_size: int | None = None,
-        tile_overlap: int = 64,
+        tile_overlap: int | None = None,
     ) -> None:
         """Wrap a network where it lies, in its own dtype.
 
@@ -77,7 +80,7 @@ class Tokenizer:
             window_frames: frames that go through at once; more give the same result and take more memory.
             overlap_frames: frames that lead in each window but the first.
             tile_size: pixels along the sides of the tiles that larger frames are cut into; None takes frames whole.
-            tile_overlap: pixels over which neighbouring tiles are blended.
+            tile_overlap: pixels over which neighbouring tiles are blended; `TILE_OVERLAP` if left out.
 
         Raises:
             ConfigError: on windows or tiles that can't overlap as asked.
@@ -92,7 +95,12 @@ class Tokenizer:
                 f"windows of {window_frames} frames can't overlap by {overlap_frames}: "
                 f"let them overlap by at least {stride} and by less than their length"
             )
+        if tile_size is None and tile_overlap is not None:
+            raise ConfigError(
+                f"tiles can't overlap by {tile_overlap} pixels without a tile size: give one, such as 512"
+            )
         step = self.architecture.spatial_compression
+        tile_overlap = TILE_OVERLAP if tile_overlap is None else tile_overlap
         self.tile_length = None if tile_size is None else tile_size // step
         self.tile_overlap = tile_overlap // step
         if self.tile_length is not None and not 1 <= self.tile_overlap < self.tile_length:
@@ -110,7 +118,7 @@ class Tokenizer:
         *,
         ema: bool = False,
         tile_size: int | None = None,
-        tile_overlap: int = 64,
+        tile_overlap: int | None = None,
     ) -> Self:
         """Load any weights: a run, a checkpoint, an export or a released tokenizer.
 
