@@ -5,6 +5,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -61,6 +62,29 @@ def find(sources: Sequence[Path], out: Path) -> list[Video]:
     if not videos:
         raise ConfigError(f"no shard in {sources[0]} holds a video in the field mp4: pack videos into it first")
     return videos
+
+
+def spread(source: Path, count: int) -> Iterator[Video]:
+    """The videos of a folder of shards or of video files, the first `count` of them spread over all that it holds.
+
+    No more than `count` shards are looked into.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    shards = _shards(source)
+    if not shards:
+        videos = [Video(key, key, path, path.stat().st_size) for path, key in named_videos([source])]
+        length = -(-len(videos) // count)
+        yield from _interleaved([videos[start : start + length] for start in range(0, len(videos), length)])
+        return
+    chosen = shards[:: -(-len(shards) // count)]
+    yield from _interleaved([list(_members(shard, _name_below(shard, source))) for shard in chosen])
+
+
+def _interleaved(groups: list[list[Video]]) -> Iterator[Video]:
+    """The first of each group, then the second of each, and so on."""
+    return (video for videos in zip_longest(*groups) for video in videos if video is not None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, latent_stat
 from cosmos_hpc.tokenizer.losses import LossTerms, reconstruction_loss
 from cosmos_hpc.tokenizer.metrics import psnr
 from cosmos_hpc.tokenizer.starting import starting_tokenizer
-from cosmos_hpc.tokenizer.weights import export, export_jit, load_tokenizer, load_weights
+from cosmos_hpc.tokenizer.weights import check_form, export, export_jit, load_tokenizer, load_weights
 
 __all__ = [
     "Autoencoded",
@@ -19,6 +19,7 @@ __all__ = [
     "LossTerms",
     "Tokenizer",
     "build_tokenizer",
+    "check_form",
     "export",
     "export_jit",
     "latent_statistics",

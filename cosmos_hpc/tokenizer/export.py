@@ -20,13 +20,18 @@ from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 from cosmos_hpc.tokenizer.diffusers_folder import diffusers_class, write_diffusers
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.export_check import Case
-from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, read_latent_statistics, write_latent_statistics
+from cosmos_hpc.tokenizer.latent_statistics import (
+    FILE,
+    LatentStatistics,
+    read_latent_statistics,
+    write_latent_statistics,
+)
 from cosmos_hpc.tokenizer.taps import parameters_for_own_taps
 from cosmos_hpc.tokenizer.traceable import traceable_modules
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = "mean_std.pt"
+FORMS = ("jit", "pt", "safetensors", "diffusers")
 
 
 def export_jit(
@@ -63,18 +68,15 @@ def export(
         ConfigError: on another form, on one that the network does not have, on statistics of a DV network, or if what
             the files compute differs from what the network does.
     """
+    check_form(tokenizer, form)
     writers: dict[str, Callable[[ContinuousTokenizer | DiscreteTokenizer, Path], None]] = {
         "jit": _write_jit,
         "pt": _write_pt,
         "safetensors": _write_safetensors,
         "diffusers": partial(_write_diffusers, statistics=statistics),
     }
-    if form not in writers:
-        raise ConfigError(f"{form!r} is no form to export to: take {', '.join(writers)}")
     if statistics is not None and isinstance(tokenizer, DiscreteTokenizer):
-        raise ConfigError(f"{tokenizer.architecture.name} has no {STATISTICS}: export it without latent statistics")
-    if form == "diffusers":
-        _check_diffusers(tokenizer)
+        raise ConfigError(f"{tokenizer.architecture.name} has no {FILE}: export it without latent statistics")
     network = _cast_copy(tokenizer, dtype)
     with _hidden_folder(out) as folder:
         written = folder / "files"
@@ -84,8 +86,8 @@ def export(
         files = sorted(written.iterdir(), key=lambda file: file.name, reverse=True)  # the autoencoder last
         if statistics is not None:
             files.insert(0, _write_statistics(statistics, written))
-        elif (out / STATISTICS).exists():
-            logger.warning("%s stays, though measured on an earlier export's latents", out / STATISTICS)
+        elif (out / FILE).exists():
+            logger.warning("%s stays, though measured on an earlier export's latents", out / FILE)
         for file in files:
             file.chmod(0o644)
             file.replace(out / file.name)
@@ -112,10 +114,10 @@ def _hidden_folder(out: Path) -> Iterator[Path]:
 
 def _write_statistics(statistics: LatentStatistics, folder: Path) -> Path:
     """Write mean_std.pt and read it back."""
-    path = folder / STATISTICS
+    path = folder / FILE
     write_latent_statistics(statistics, path)
     if not all(map(torch.equal, read_latent_statistics(path), statistics)):
-        raise ConfigError(f"{folder.parent.parent} gets no export: {STATISTICS} reads back other values than written")
+        raise ConfigError(f"{folder.parent.parent} gets no export: {FILE} reads back other values than written")
     return path
 
 
@@ -159,8 +161,16 @@ def _write_safetensors(network: ContinuousTokenizer | DiscreteTokenizer, folder:
     save_file(network.state_dict(), folder / "model.safetensors")
 
 
-def _check_diffusers(tokenizer: ContinuousTokenizer | DiscreteTokenizer) -> None:
-    """Refuse before the work starts."""
+def check_form(tokenizer: ContinuousTokenizer | DiscreteTokenizer, form: str) -> None:
+    """Refuse a form that `export` can't write for the network, before the work starts.
+
+    Raises:
+        ConfigError: with the forms that there are, or what diffusers lacks.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"{form!r} is no form to export to: take {', '.join(FORMS)}")
+    if form != "diffusers":
+        return
     if isinstance(tokenizer, DiscreteTokenizer):
         raise ConfigError(
             f"diffusers has no network for {tokenizer.architecture.name}: export DV to jit, pt or safetensors"

@@ -11,6 +11,9 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.tokenizer.architecture import LATENT_CHANNELS
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 
+FILE = "mean_std.pt"
+"""Its name in a released folder."""
+
 NUM_LATENT_FRAMES = 16
 """Of the longest chunk that the diffusion models take, 121 video frames."""
 

@@ -13,11 +13,11 @@ from cosmos_hpc.tokenizer.architecture import FSQ_LEVELS, NUM_LEVELS, Architectu
 from cosmos_hpc.tokenizer.build import build
 from cosmos_hpc.tokenizer.continuous import ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
-from cosmos_hpc.tokenizer.export import export, export_jit
+from cosmos_hpc.tokenizer.export import check_form, export, export_jit
 from cosmos_hpc.tokenizer.taps import own_tap
 from cosmos_hpc.tokenizer.weight_files import read_weights
 
-__all__ = ["dead_tensors", "export", "export_jit", "load_tokenizer", "load_weights"]
+__all__ = ["check_form", "dead_tensors", "export", "export_jit", "load_tokenizer", "load_weights"]
 
 
 def load_weights(tokenizer: ContinuousTokenizer | DiscreteTokenizer, source: Path) -> None:
