@@ -31,6 +31,10 @@ app = typer.Typer(
 JobFile = Annotated[Path, typer.Argument(help="Experiment file, such as jobs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings on top of the file, such as optim.lr=3e-5.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+TileSize = Annotated[
+    int | None, typer.Option(help="Cut larger frames into tiles of this many pixels a side; whole if left out.")
+]
+TileOverlap = Annotated[int | None, typer.Option(help="Pixels over which neighbouring tiles are blended: 64.")]
 RunName = Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/RUN (a beginning is enough), or a run's folder.")]
 
 
@@ -40,6 +44,7 @@ class ExportFormat(StrEnum):
     JIT = "jit"
     PT = "pt"
     SAFETENSORS = "safetensors"
+    DIFFUSERS = "diffusers"
 
 
 class TokenFormat(StrEnum):
@@ -47,7 +52,6 @@ class TokenFormat(StrEnum):
 
     SHARDS = "shards"
     SAFETENSORS = "safetensors"
-    DIFFUSERS = "diffusers"
 
 
 class ExportDtype(StrEnum):
@@ -263,27 +267,46 @@ def export(
         ),
     ] = ExportFormat.JIT,
     dtype: Annotated[ExportDtype, typer.Option(help="Type of the weights.")] = ExportDtype.FP32,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving averages of the weights that the run kept.")] = False,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="mean_std.pt of the latents, to export beside CV weights whose encoder is the same."),
+        typer.Option(
+            help="CV: a mean_std.pt, or a dataset to measure it on; if left out, the dataset of the run, "
+            "or the mean_std.pt beside the weights."
+        ),
     ] = None,
+    statistics_frames: Annotated[int | None, typer.Option(help="Frames of each video to measure: 121.")] = None,
+    no_statistics: Annotated[bool, typer.Option("--no-statistics", help="Export no mean_std.pt.")] = False,
 ) -> None:
     """Write weights in the form of the released Cosmos tokenizers, verified before they get their name."""
     import torch
 
     from cosmos_hpc.config.run_folder import RunFolder
     from cosmos_hpc.ranks import set_up_logging
+    from cosmos_hpc.tokenize import statistics_for
+    from cosmos_hpc.tokenizer import check_form, load_tokenizer
     from cosmos_hpc.tokenizer import export as export_weights
-    from cosmos_hpc.tokenizer import load_tokenizer, read_latent_statistics
 
     set_up_logging()  # tells the difference that the check found
     weights = _weights(source)
     if out is None and not RunFolder(weights).config.exists():
         raise ConfigError(f"{source} is no run: say where to write with --out FOLDER")
+    if no_statistics and statistics is not None:
+        raise ConfigError("--statistics and --no-statistics exclude each other: leave one out")
+    network = load_tokenizer(weights, ema=ema)
+    check_form(network, to)
+    measured = None
+    if not no_statistics:
+        with _progress() as progress:
+            task = progress.add_task("measure mean_std.pt", total=None, visible=False)
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total, visible=True)
+
+            measured = statistics_for(weights, network, statistics, num_frames=statistics_frames, on_video=show)
     torch_dtype = torch.bfloat16 if dtype is ExportDtype.BF16 else torch.float32
-    spread = None if statistics is None else read_latent_statistics(statistics)
-    target = out or RunFolder(weights).exports / to
-    for file in export_weights(load_tokenizer(weights), target, to, torch_dtype, spread):
+    target = out or RunFolder(weights).exports / (f"{to}-ema" if ema else to)
+    for file in export_weights(network, target, to, torch_dtype, measured):
         print(file)
 
 
@@ -294,6 +317,8 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for the side-by-side mp4s.")] = Path("reconstructions"),
     max_frames: Annotated[int | None, typer.Option(help="Frames of each video; all if left out.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write anew what is there already.")] = False,
+    tile_size: TileSize = None,
+    tile_overlap: TileOverlap = None,
 ) -> None:
     """Write original and reconstruction side by side."""
     from cosmos_hpc.report.reconstruct import reconstruct_all
@@ -306,6 +331,8 @@ def reconstruct(
             out,
             max_frames=max_frames,
             overwrite=overwrite,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
             on_frames=lambda done, total: progress.update(task, completed=done, total=total),
         )
     for target in summary.written:
@@ -329,6 +356,8 @@ def tokenize(
     ] = None,
     max_frames: Annotated[int | None, typer.Option(help="Frames of each video; all if left out.")] = None,
     dtype: Annotated[ExportDtype, typer.Option(help="Type in which the network computes.")] = ExportDtype.BF16,
+    tile_size: TileSize = None,
+    tile_overlap: TileOverlap = None,
     as_json: Json = False,
 ) -> None:
     """Encode videos to latents or indices, for training that other models do on them."""
@@ -350,6 +379,8 @@ def tokenize(
             dtype=dtype,
             shard_size_mib=shard_size_mib,
             max_frames=max_frames,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
             on_progress=show,
         )
     if as_json:

@@ -129,6 +129,29 @@ def test_no_video_that_can_be_reconstructed_is_an_error(tmp_path: Path, grey: Pa
         reconstruct_all([tmp_path / "out"], grey, tmp_path / "out")
 
 
+def test_large_frames_are_reconstructed_in_tiles_when_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    torch.save(starting_tokenizer(run_config("d").model, seed=0).state_dict(), folder / "model.pt")
+    write_mp4(tmp_path / "road.mp4", film(60, num_frames=9, height=40, width=64), fps=10)
+    tiles = ["--tile-size", "32", "--tile-overlap", "8"]
+    for name, options in (("tiled", tiles), ("whole", [])):
+        arguments = ["reconstruct", str(tmp_path / "road.mp4"), "--weights", str(folder), *options]
+        done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+    tiled, whole = (np.stack(list(read_frames(tmp_path / name / "road.mp4"))) for name in ("tiled", "whole"))
+    frames = np.stack(list(read_frames(tmp_path / "road.mp4")))
+    expected = Tokenizer.from_weights(folder, tile_size=32, tile_overlap=8).reconstruct(frames)
+    errors = [np.abs(coarse(video[:, :, 64:]) - coarse(expected)).mean() for video in (tiled, whole)]
+    assert errors[0] < 0.5 * errors[1], errors
+
+
+def coarse(video: np.ndarray) -> np.ndarray:
+    """Brightness in blocks of 4 x 4 pixels, which the codec leaves as they are."""
+    t, h, w, _ = video.shape
+    return video.mean(axis=3).reshape(t, h // 4, 4, w // 4, 4).mean(axis=(2, 4))
+
+
 def test_command_names_what_it_wrote_left_out_and_found_there(tmp_path: Path, grey: Path) -> None:
     write_mp4(tmp_path / "road.mp4", film(60, num_frames=3), fps=10)
     (tmp_path / "broken.mp4").write_bytes(b"not a video at all")
