@@ -136,13 +136,22 @@ def prepare(
 def fetch(
     name: Annotated[str, typer.Argument(help="Cosmos-1.0-Tokenizer-CV8x8x8, or ORGANISATION/REPOSITORY.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; main if left out.")] = None,
-    loss_networks: Annotated[bool, typer.Option(help="Also VGG16 for the perceptual loss.")] = False,
+    loss_networks: Annotated[bool, typer.Option(help="Also VGG16, for the perceptual loss.")] = False,
+    vgg16: Annotated[
+        str | None, typer.Option(help="VGG16 from here: REPOSITORY[:FILE]; timm/vgg16.tv_in1k if left out.")
+    ] = None,
+    raft: Annotated[
+        str | None,
+        typer.Option(
+            help="Also RAFT-large, for the flow loss: REPOSITORY[:FILE] with torchvision's state dict; no default."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bring released weights from Hugging Face, once, into the cache that jobs read offline."""
     from cosmos_hpc.launch.fetch import fetch as fetch_weights
 
-    fetched = fetch_weights(name, revision=revision, loss_networks=loss_networks)
+    fetched = fetch_weights(name, revision=revision, loss_networks=loss_networks, vgg16=vgg16, raft=raft)
     if as_json:
         _print_json(fetched._asdict())
         return

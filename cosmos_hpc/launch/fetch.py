@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -27,8 +27,8 @@ from huggingface_hub.utils import tqdm
 
 from cosmos_hpc.config.errors import ConfigError
 
-LOSS_NETWORK = "timm/vgg16.tv_in1k"
-"""VGG16 trained on ImageNet, for the perceptual loss."""
+VGG16 = "timm/vgg16.tv_in1k"
+"""VGG16 trained on ImageNet, for the perceptual loss. For RAFT-large, of the flow loss, no such repository is known."""
 
 WEIGHTS = (("autoencoder.jit",), ("encoder.jit", "decoder.jit"), ("model.safetensors",), ("model.pt",))
 """Files that together hold a network; one of these rows is needed."""
@@ -67,10 +67,36 @@ class FetchedWeights(NamedTuple):
     """The fetched files in that folder."""
 
     loss_network_files: tuple[Path, ...] = ()
-    """The fetched files of `LOSS_NETWORK`, if asked for."""
+    """The fetched files of the networks that losses look through, if asked for."""
 
 
-def fetch(name: str, *, revision: str | None = None, loss_networks: bool = False) -> FetchedWeights:
+class RepositoryFile(NamedTuple):
+    """A file on Hugging Face, written as REPOSITORY:FILE; where no file is named, the weights by their usual name."""
+
+    repository: str
+    file: str | None
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """Read the name.
+
+        Raises:
+            ConfigError: if it can't be one.
+        """
+        repository, colon, file = name.partition(":")
+        if colon and (not file or file.startswith("/") or ".." in file.split("/") or re.search(r"[*?\[]", file)):
+            raise ConfigError(f"{name!r} names no file: name one such as ORGANISATION/REPOSITORY:raft_large.pth")
+        return cls(repository_id(repository), file or None)
+
+
+def fetch(
+    name: str,
+    *,
+    revision: str | None = None,
+    loss_networks: bool = False,
+    vgg16: str | None = None,
+    raft: str | None = None,
+) -> FetchedWeights:
     """Download what is missing of a repository and compare sizes and checksums of all of it.
 
     A broken connection is taken up again where it broke; finished files are kept if the fetch ends early. A bar is
@@ -79,13 +105,18 @@ def fetch(name: str, *, revision: str | None = None, loss_networks: bool = False
     Args:
         name: `ORGANISATION/REPOSITORY` on Hugging Face, or one of NVIDIA's by its last part.
         revision: branch, tag or commit; none: `main`.
-        loss_networks: also fetch `LOSS_NETWORK`.
+        loss_networks: also fetch `VGG16`.
+        vgg16: take VGG16 from here instead: `REPOSITORY` or `REPOSITORY:FILE`.
+        raft: also fetch RAFT-large from here, written the same way.
 
     Raises:
         ConfigError: with what failed and the mend; no token is ever part of it.
     """
-    weights = _fetch_repository(repository_id(name), revision)
-    return weights._replace(loss_network_files=_fetch_repository(LOSS_NETWORK, None).files if loss_networks else ())
+    others = [VGG16 if vgg16 is None and loss_networks else vgg16, raft]
+    networks = [RepositoryFile.of(other) for other in others if other is not None]
+    weights = _fetch_repository(RepositoryFile(repository_id(name), None), revision)
+    fetched = [_fetch_repository(network, None) for network in networks]
+    return weights._replace(loss_network_files=tuple(file for network in fetched for file in network.files))
 
 
 def cached(name: str, revision: str | None = None) -> Path:
@@ -111,6 +142,26 @@ def cached(name: str, revision: str | None = None) -> Path:
     return Path(folder)
 
 
+def cached_network(name: str) -> Path:
+    """The file of a loss network that `fetch` brought, without any use of the network.
+
+    Args:
+        name: as `fetch` was given it, such as `VGG16`: `REPOSITORY` or `REPOSITORY:FILE`.
+
+    Raises:
+        ConfigError: if it is not in the cache.
+    """
+    repository, file = RepositoryFile.of(name)
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_wanted(file), local_files_only=True))
+        return next(folder / wanted for wanted in _wanted(file) if (folder / wanted).exists())
+    except (LocalEntryNotFoundError, StopIteration):
+        raise ConfigError(
+            f"{name} is not in the Hugging Face cache {constants.HF_HUB_CACHE}: run `cosmos-hpc fetch` with "
+            "--loss-networks (or --vgg16, --raft) on the login node first, with the same HF_HOME"
+        ) from None
+
+
 def repository_id(name: str) -> str:
     """`ORGANISATION/REPOSITORY` of a name; one without an organisation is NVIDIA's.
 
@@ -132,21 +183,30 @@ class _TerminalBar(tqdm):
         super().__init__(*args, **options | {"disable": options.get("disable") or not sys.stderr.isatty()})
 
 
-def _fetch_repository(repository: str, revision: str | None) -> FetchedWeights:
+def _wanted(file: str | None) -> list[str]:
+    """Names of the files that are fetched."""
+    return list(WANTED) if file is None else [file]
+
+
+def _fetch_repository(wanted: RepositoryFile, revision: str | None) -> FetchedWeights:
+    repository, names = wanted.repository, _wanted(wanted.file)
     with _one_line_errors(repository, revision), _quiet():
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(WANTED), tqdm_class=_TerminalBar)
-        )
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=names, tqdm_class=_TerminalBar))
         described = HfApi().model_info(repository, revision=folder.name, files_metadata=True)
     released = {file.rfilename: file for file in described.siblings or ()}
-    if not _holds_weights(folder):  # the client counts patterns that match nothing as a success
+    if wanted.file is not None and not (folder / wanted.file).exists():
+        raise ConfigError(
+            f"{_page(repository)} holds no {wanted.file}: choose a file from {_page(repository)}/tree/main"
+        )
+    if wanted.file is None and not _holds_weights(folder):  # the client counts patterns without a match as a success
         raise ConfigError(
             f"{_page(repository)} at commit {folder.name} holds none of "
-            f"{', '.join(' with '.join(row) for row in WEIGHTS)}: name the repository of a Cosmos tokenizer"
+            f"{', '.join(' with '.join(row) for row in WEIGHTS)}: name the repository of a Cosmos tokenizer, "
+            "or a loss network's file as REPOSITORY:FILE"
         )
-    files = tuple(folder / name for name in WANTED if (folder / name).exists())
+    files = tuple(folder / name for name in names if (folder / name).exists())
     for file in files:
-        _refuse_damaged(file, released[file.name])
+        _refuse_damaged(file, released[file.relative_to(folder).as_posix()])
         _refuse_unpublished(file, repository)
     return FetchedWeights(folder, folder.name, files)
 

@@ -55,6 +55,7 @@ def hub() -> Iterator[Hub]:
         "acme/text": Repository({"README.md": b"text", "config.json": b"{}"}),
         PUBLISHED: Repository({"autoencoder.jit": b"not what was published"}),
         "timm/vgg16.tv_in1k": Repository({"model.safetensors": b"V" * 500, "pytorch_model.bin": b"P"}),
+        "acme/flow": Repository({"raft/large.pth": b"R" * 700, "small.pth": b"S", "model.safetensors": b"M"}),
     }
     with serving(Hub(repositories)) as hub:
         yield hub
@@ -134,6 +135,27 @@ def test_loss_networks_come_with_the_weights_and_are_cached_under_their_own_name
     files = client.succeeds("fetch", TOKENIZER, loss_networks=True)[3]
     assert [Path(file).name for file in files] == ["model.safetensors"]
     assert str(Path(files[0]).parent) == client.succeeds("cached", "timm/vgg16.tv_in1k")
+
+
+def test_any_file_of_any_repository_can_be_a_loss_network(client, hub):
+    networks = {"vgg16": "acme/flow", "raft": "acme/flow:raft/large.pth"}
+    files = client.succeeds("fetch", TOKENIZER, **networks)[3]
+    assert [Path(file).read_bytes() for file in files] == [b"M", b"R" * 700]
+    assert not [request for request in hub.requests if "small.pth" in request.path or "timm" in request.path]
+    closed(hub)
+    assert [client.succeeds("cached_network", name) for name in networks.values()] == files
+    message = client.refusal("cached_network", "acme/flow:small.pth")
+    assert "acme/flow:small.pth is not in the Hugging Face cache" in message
+    assert "run `cosmos-hpc fetch` with --loss-networks (or --vgg16, --raft) on the login node first" in message
+
+
+def test_a_loss_network_that_is_not_there_names_the_place_to_choose_from(client, hub):
+    message = client.refusal("fetch", TOKENIZER, raft="acme/flow:raft_large.pth")
+    assert message == f"{hub.url}/acme/flow holds no raft_large.pth: choose a file from {hub.url}/acme/flow/tree/main"
+    hub.requests.clear()
+    assert "names no file: name one such as" in client.refusal("fetch", TOKENIZER, raft="acme/flow:../secret")
+    assert "is no repository on Hugging Face" in client.refusal("fetch", TOKENIZER, raft="raft large")
+    assert hub.requests == []
 
 
 def test_what_was_not_fetched_names_the_command_that_fetches_it(client, hub):
