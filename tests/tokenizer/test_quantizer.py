@@ -47,6 +47,8 @@ def test_equal_values_in_every_channel_cover_all_levels(quantizer):
     codes = quantizer(ramp)
     assert [len(codes[:, channel].unique()) for channel in range(6)] == list(FSQ_LEVELS)
     assert (quantizer.codes_to_indices(codes).flatten().numpy() == RECORDED["ramp_indices"]).all()
+    assert error(quantizer.bound(ramp).flatten(), RECORDED["ramp_bound"].flatten()) < 1e-6
+    assert error(codes.flatten(), RECORDED["ramp_quantize"].flatten()) < 1e-6
 
 
 def test_indices_become_the_recorded_codes(quantizer):
