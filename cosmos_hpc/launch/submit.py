@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config, to_yaml
-from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, read_json, write_atomically
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atomically
 from cosmos_hpc.config.run_state import RunState, Status
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.directives import directives
@@ -63,7 +63,7 @@ def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
     streams: int | None = run.num_streams
     checkpoint = folder.newest_checkpoint()
     if checkpoint is not None:
-        _check_resume(run, folder, checkpoint)
+        _check_resume(run, folder)
         streams = read_run_config(folder.config).data.num_streams
     fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
     write_atomically(folder.config, to_yaml(fixed))
@@ -122,19 +122,14 @@ def _arrays(sent: Sequence[PlacedRun], max_parallel: int | None) -> list[list[Pl
     return list(groups.values())
 
 
-def _check_resume(run: RunConfig, folder: RunFolder, checkpoint: Path) -> None:
+def _check_resume(run: RunConfig, folder: RunFolder) -> None:
     """Refuse before anything is written what the ranks would refuse after their start."""
-    saved = read_json(folder.checkpoint_layout(checkpoint)).get("world_size")
-    if saved != run.trainer.world_size:
+    streams, ranks = read_run_config(folder.config).num_streams, run.trainer.world_size
+    if streams and streams % ranks:
+        fitting = ", ".join(str(number) for number in range(1, streams + 1) if streams % number == 0)
         raise ConfigError(
-            f"{folder.label} was saved by {saved} ranks, but trainer.devices x trainer.num_nodes is "
-            f"{run.trainer.world_size}: set them to {saved} in all (a resume at another number is not yet possible)"
-        )
-    micro_batch_size = read_run_config(folder.config).data.micro_batch_size
-    if micro_batch_size != run.data.micro_batch_size:
-        raise ConfigError(
-            f"{folder.label} was saved with data.micro_batch_size {micro_batch_size}, which is now "
-            f"{run.data.micro_batch_size}: set {micro_batch_size} (a resume at another is not yet possible)"
+            f"{folder.label} shares its data among {streams} streams since its first start, which {ranks} ranks "
+            f"(trainer.devices x trainer.num_nodes) can't divide evenly: use {fitting}"
         )
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from cosmos_hpc.config.schema import ModelConfig, OptimConfig
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig
 from cosmos_hpc.ranks import Rank
-from cosmos_hpc.tokenizer import starting_tokenizer
+from cosmos_hpc.tokenizer import load_tokenizer, starting_tokenizer
 
 MODEL = ModelConfig(channels=4)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.3, clip_grad=0.5, eps=1e-3)
@@ -112,3 +113,51 @@ def test_outside_the_scope_nothing_of_torch_is_changed():
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.cuda.current_device is real
     assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def go_on_with_ranks(index: int, world_size: int, steps: range, config: RunConfig, port: int, folder: Path) -> None:
+    from cosmos_hpc.data.loader import TrainLoader
+    from cosmos_hpc.training.checkpoint import CheckpointStore
+    from cosmos_hpc.training.loop import TrainState
+    from cosmos_hpc.training.optimizer import Optimizer
+    from cosmos_hpc.training.parallel import Groups
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    groups = Groups.start(Rank(index, index, world_size))
+    module = starting_tokenizer(MODEL, seed=0)
+    ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
+    loader = TrainLoader(config.data, seed=0, rank=index, world_size=world_size)
+    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), None, loader)
+    store = CheckpointStore(RunFolder(folder), config, groups)
+    assert (store.load_newest(state) is None) == (steps.start == 0)
+    assert state.step == steps.start
+    for step in steps:
+        clips = global_batch(step).chunk(world_size)[index]
+        state.optimizer.zero_grad()
+        loss = (ddp(clips).reconstructions - clips).abs().mean()
+        loss.backward()
+        groups.finish_gradients(ddp)
+        _, skipped = state.optimizer.step(loss.detach())
+        state.optimizer.learn(bool(skipped))
+    state.step = steps.stop
+    store.save(state, 0, None)
+    groups.stop()
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
+def test_a_run_goes_on_exactly_with_more_and_with_fewer_ranks(tmp_path, monkeypatch, dataset, distributed):
+    from cosmos_hpc.data import loader  # noqa: F401  # imported once, before the ranks are forked
+    from cosmos_hpc.training import checkpoint, parallel  # noqa: F401
+
+    monkeypatch.setattr(parallel, "BUCKET_SIZE", 2000)
+    config = RunConfig(
+        data=DataConfig(path=str(dataset), num_frames=9, crop_size=16, num_streams=4, global_batch_size=4),
+        optim=dataclasses.replace(OPTIM, use_distributed_optimizer=distributed),
+    )
+    for world_size, steps in ((2, range(2)), (4, range(2, 3)), (1, range(3, STEPS))):
+        arguments = (world_size, steps, config, parallel.free_port(), tmp_path)
+        mp.start_processes(go_on_with_ranks, arguments, nprocs=world_size, start_method="fork")
+    trained = load_tokenizer(RunFolder(tmp_path).checkpoint(STEPS)).state_dict()
+    for name, weight in plain_torch()[0].state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-6)
