@@ -92,7 +92,7 @@ def train(state: TrainState, run: Run) -> Outcome:
         if _settle(state, run, queue, everything=saves or validates, validates=validates) is Verdict.ROLL_BACK:
             _roll_back(state, run, queue)
             continue
-        if saves:
+        if leaves or (saves and not state.skipped_in_a_row):  # a roll-back is to find weights from before the trouble
             _save(state, run, leaves=leaves)
         if agreed.stop is not None and state.step < max_steps:
             return agreed.stop
