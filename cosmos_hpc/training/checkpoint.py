@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 import shutil
 import time
 from functools import partial
@@ -10,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from cosmos_hpc.config.errors import ConfigError
@@ -21,6 +19,7 @@ from cosmos_hpc.training.background_write import BackgroundWrite, use_plain_queu
 from cosmos_hpc.training.checkpoint_files import damage, publish, remove_unfinished, set_aside
 from cosmos_hpc.training.lean_import import lean_import
 from cosmos_hpc.training.parallel import Groups, cuda_calls_on
+from cosmos_hpc.training.random_state import random_state, restore_random_state
 
 with lean_import():
     from megatron.core import dist_checkpointing, parallel_state
@@ -123,7 +122,7 @@ class CheckpointStore:
         if self._groups.rank.is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        own = self._groups.gather({"loader": state.loader.state(), "rng": _rng_state()})
+        own = self._groups.gather({"loader": state.loader.state(), "rng": random_state()})
         self._groups.barrier()
         with cuda_calls_on(self._groups.device):
             request = dist_checkpointing.save(
@@ -258,7 +257,7 @@ class CheckpointStore:
         own = torch.load(source / RANKS_FILE, weights_only=False)  # written by this run, and as it was written
         state.loader.restore([each["loader"] for each in own])
         if len(own) == self._groups.rank.world_size:
-            _restore_rng(own[self._groups.rank.rank]["rng"])
+            restore_random_state(own[self._groups.rank.rank]["rng"])
 
     def _sharded(self, state: "TrainState", *, is_loading: bool) -> dict[str, Any]:
         model = sharded_state_dict_default(state.module, prefix="model.")
@@ -311,20 +310,3 @@ def _without_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
 def _write_ranks_file(path: Path, own: list[Any]) -> list[Path]:
     torch.save(own, path)
     return [path]
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
