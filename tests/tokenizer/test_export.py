@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from weight_parts import released
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.tokenizer import export, latent_statistics, load_tokenizer
+from cosmos_hpc.tokenizer import LatentStatistics, export, export_jit, latent_statistics, load_tokenizer
 from cosmos_hpc.tokenizer.haar import TAP
 
 export_module = sys.modules["cosmos_hpc.tokenizer.export"]  # the package's attribute of that name is the function
@@ -21,7 +24,9 @@ KINDS = ["CV8x8x8", "DV8x16x16"]
 FILES = ("autoencoder", "encoder", "decoder")
 
 
+@cache
 def load(folder: Path) -> list[torch.jit.ScriptModule]:
+    """Each file once, since that takes half a second."""
     return [torch.jit.load(folder / f"{name}.jit") for name in FILES]
 
 
@@ -85,7 +90,8 @@ def test_one_file_serves_every_precision(small, exported, kind):
 
 
 def test_bfloat16_export_holds_the_released_dtypes(small, tmp_path):
-    export(small("CV8x8x8"), tmp_path, "jit", torch.bfloat16)
+    with ThreadPoolExecutor(1) as pool:  # as for the fixture `exported`
+        pool.submit(export_jit, small("CV8x8x8"), tmp_path, torch.bfloat16).result()
     for name, module in zip(FILES, load(tmp_path), strict=True):
         dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in module.state_dict().items()}
         assert list(dtypes.items()) == [(fields[0], fields[1]) for fields in released(f"CV8x8x8 {name}")]
@@ -93,14 +99,35 @@ def test_bfloat16_export_holds_the_released_dtypes(small, tmp_path):
     assert again.encoder.patcher3d.tap == 0.70703125  # rounded with the weights
 
 
-@pytest.mark.parametrize(("kind", "form"), [("CV8x8x8", "pt"), ("DV8x16x16", "safetensors")])
-def test_export_and_import_bring_back_every_bit(small, tmp_path, kind, form):
-    if form == "safetensors":
-        pytest.importorskip("safetensors")
-    files = export(small(kind), tmp_path, form)
-    assert [path.name for path in tmp_path.iterdir()] == [f"model.{form}"] == [path.name for path in files]
-    expected, found = small(kind).state_dict(), load_tokenizer(tmp_path).state_dict()
-    assert all(found[name].equal(expected[name]) for name in expected)
+class Exported(NamedTuple):
+    """What one call left behind; several tests look at it, since its check takes seconds."""
+
+    folder: Path
+    files: list[Path]
+    statistics: LatentStatistics
+
+
+@pytest.fixture(scope="module")
+def into_a_used_folder(small, tmp_path_factory) -> Exported:
+    """CV as model.pt with statistics, where a killed export and one that still runs have been."""
+    folder, network = tmp_path_factory.mktemp("used"), small("CV8x8x8")
+    for left in (folder / ".export-left", folder / ".export-running"):
+        left.mkdir()
+        (left / "lock").touch()
+    statistics = latent_statistics(network, [torch.rand(1, 3, 17, 16, 24) * 2 - 1])
+    with (folder / ".export-running" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Exported(folder, export(network, folder, "pt", statistics=statistics), statistics)
+
+
+def test_export_and_import_bring_back_every_bit(small, tmp_path, into_a_used_folder):
+    pytest.importorskip("safetensors")
+    files = export(small("DV8x16x16"), tmp_path, "safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"] == [path.name for path in files]
+    for kind, folder in (("CV8x8x8", into_a_used_folder.folder), ("DV8x16x16", tmp_path)):
+        expected, found = small(kind).state_dict(), load_tokenizer(folder).state_dict()
+        assert list(found) == list(expected)
+        assert all(found[name].equal(expected[name]) for name in expected)
 
 
 def with_taps(network, tap: float):
@@ -138,16 +165,12 @@ def test_export_that_computes_something_else_gets_no_name(small, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_statistics_of_the_latents_lie_beside_the_weights(small, tmp_path):
-    network = small("CV8x8x8")
-    statistics = latent_statistics(network, [torch.rand(1, 3, 17, 16, 24) * 2 - 1])
-    files = export(network, tmp_path, "pt", statistics=statistics)
-    assert [file.name for file in files] == ["mean_std.pt", "model.pt"]
-    assert sorted(tmp_path.iterdir()) == files
-    mean, std = torch.load(tmp_path / "mean_std.pt", weights_only=True)
+def test_statistics_of_the_latents_lie_beside_the_weights(into_a_used_folder):
+    folder, files, statistics = into_a_used_folder
+    assert files == [folder / "mean_std.pt", folder / "model.pt"]
+    mean, std = torch.load(folder / "mean_std.pt", weights_only=True)
     assert mean.view(16, -1)[:, :3].equal(statistics.mean[:, :3])
     assert std.view(16, -1)[:, :3].equal(statistics.std[:, :3])
-    assert load_tokenizer(tmp_path).state_dict().keys() == network.state_dict().keys()
 
 
 def test_discrete_network_has_no_statistics(small, tmp_path):
@@ -156,15 +179,9 @@ def test_discrete_network_has_no_statistics(small, tmp_path):
         export(small("DV8x16x16"), tmp_path, "pt", statistics=statistics)
 
 
-def test_export_removes_what_a_killed_one_left_and_spares_one_that_runs(small, tmp_path):
-    left, running = tmp_path / ".export-left", tmp_path / ".export-running"
-    for folder in (left, running):
-        folder.mkdir()
-        (folder / "lock").touch()
-    with (running / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        export(small("CV8x8x8"), tmp_path, "pt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".export-running", "model.pt"]
+def test_export_removes_what_a_killed_one_left_and_spares_one_that_runs(into_a_used_folder):
+    names = sorted(path.name for path in into_a_used_folder.folder.iterdir())
+    assert names == [".export-running", "mean_std.pt", "model.pt"]
 
 
 @pytest.fixture
@@ -223,7 +240,7 @@ def test_unknown_form_names_the_known_ones(small, tmp_path):
         export(small("CV8x8x8"), tmp_path, "onnx")
 
 
-def test_killed_export_leaves_nothing_under_the_final_names(small, tmp_path):
+def test_killed_export_leaves_nothing_under_the_final_names(tmp_path):
     program = (
         "from pathlib import Path; from cosmos_hpc.config.schema import ModelConfig;"
         "from cosmos_hpc.tokenizer import build_tokenizer, export_jit;"
@@ -231,11 +248,12 @@ def test_killed_export_leaves_nothing_under_the_final_names(small, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program])
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".export-*/files/decoder.jit")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".export-*/files/encoder.jit")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(tmp_path.glob(".export-*/files/*.jit"))
     assert list(tmp_path.glob("*.jit")) == []
-    export(small("CV8x8x8"), tmp_path, "pt")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    with export_module._hidden_folder(tmp_path):  # as the next export begins
+        assert list(tmp_path.glob(".export-*/files/*.jit")) == []
+    assert list(tmp_path.iterdir()) == []

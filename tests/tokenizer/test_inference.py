@@ -37,7 +37,7 @@ def trained():
     """A narrow network after some steps on the pattern, so that it has something to lose at a seam."""
     network = starting_tokenizer(ModelConfig(model="CV8x8x8", channels=8), seed=0)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for step in range(60):
+    for step in range(30):
         clip = torch.from_numpy(moving_pattern(17, 24, 24, step)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         optimizer.zero_grad()
         reconstruction_loss(clip, network(clip).reconstructions, LossConfig()).total.backward()

@@ -67,9 +67,13 @@ def test_dead_tensors_are_those_of_the_older_release(kind):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_brings_back_every_bit(small, weights_in, kind, form):
-    network, source = small(kind), weights_in(form, kind)
-    assert equal(load_tokenizer(source), network)
-    assert equal(starting_tokenizer(ModelConfig(model=kind, channels=4, jit_ckpt_pth=str(source)), seed=9), network)
+    assert equal(load_tokenizer(weights_in(form, kind)), small(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_starts_from_the_weights_that_it_names(small, weights_in, kind):
+    model = ModelConfig(model=kind, channels=4, jit_ckpt_pth=str(weights_in("autoencoder.jit", kind)))
+    assert equal(starting_tokenizer(model, seed=9), small(kind))
 
 
 @pytest.mark.parametrize("form", ["run", "model.pt of cosmos-predict1"])
