@@ -1,16 +1,104 @@
-"""The command that starts the ranks of one attempt: srun on a cluster, torch's elastic launcher on one machine."""
+"""The ranks of one attempt: the command that starts them (srun, or torch's elastic launcher), and signals to them."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import cosmos_hpc
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.container import container_prefix
+from cosmos_hpc.launch.local import children
+from cosmos_hpc.ranks import die_with_parent
 
 CALLERS_GPUS = "COSMOS_HPC_CUDA_VISIBLE_DEVICES"
 """What CUDA_VISIBLE_DEVICES was to the caller of a local submission, if it was set."""
+
+KILL_WAIT_S = 60.0
+"""How long srun may take to notice that the tasks it was told to kill are gone."""
+
+
+def start_step(command: list[str], environment: dict[str, str], output: IO[str]) -> "subprocess.Popen[bytes]":
+    """Start the ranks' launcher in a session of its own; it dies with the process that called.
+
+    Args:
+        command: from `step_command`.
+        environment: from `step_environment`.
+        output: where the launcher prints; ranks have logs of their own.
+
+    Returns:
+        The launcher. Locally, the ranks are its `children`.
+    """
+    return subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=output,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=partial(die_with_parent, os.getpid()),
+    )
+
+
+def signal_ranks(run: RunConfig, launcher: int, number: signal.Signals) -> None:
+    """Send a signal to every rank of the step.
+
+    Args:
+        run: its settings.
+        launcher: process id of `start_step`'s.
+        number: which signal.
+    """
+    if run.cluster.executor == "local":
+        _send(children(launcher), number)
+    elif step := _newest_slurm_step():
+        subprocess.run(["scancel", f"--signal={number.name.removeprefix('SIG')}", step], check=False)
+
+
+def kill_step(run: RunConfig, step: "subprocess.Popen[bytes]") -> None:
+    """End all ranks and the launcher at once, also those that are stopped or deaf."""
+    below = _descendants(step.pid) if run.cluster.executor == "local" else []
+    signal_ranks(run, step.pid, signal.SIGKILL)
+    _send(below, signal.SIGKILL)
+    deadline = time.monotonic() + (0 if run.cluster.executor == "local" else KILL_WAIT_S)
+    while step.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    while step.poll() is None:
+        _send([step.pid], signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def slurm_job_id() -> str:
+    """A_T for an array element: the raw id of the last element is the whole array's. Empty outside SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def _newest_slurm_step() -> str | None:
+    """JOB.STEP of the ranks: the highest number, beside the steps that SLURM names (batch, extern)."""
+    listed = subprocess.run(
+        ["squeue", "--noheader", "--steps", f"--jobs={slurm_job_id()}", "--format=%i"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    steps = [line.strip() for line in listed.stdout.splitlines() if line.strip().rpartition(".")[2].isdecimal()]
+    return max(steps, key=lambda step: int(step.rpartition(".")[2]), default=None)
+
+
+def _descendants(pid: int) -> list[int]:
+    found = children(pid)
+    return found + [below for child in found for below in _descendants(child)]
+
+
+def _send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # ended by itself just now
+            os.kill(pid, number)
 
 
 def step_command(run: RunConfig, folder: RunFolder, attempt: int) -> list[str]:
