@@ -110,7 +110,7 @@ def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     (again,) = send(quick_job, "name=killed")
     assert again == killed
     wait_for_end(killed)
-    assert outcomes(killed) == ["supervisor killed", "finished"], words(killed)
+    assert outcomes(killed) == ["supervisor_killed", "finished"], words(killed)
     assert losses(killed) == losses(unbroken)
 
 

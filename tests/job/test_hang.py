@@ -1,0 +1,84 @@
+"""When silence counts as a hang, by a clock that the test moves; what a stack dump tells."""
+
+import faulthandler
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cosmos_hpc.config.rank_reports import Heartbeat
+from cosmos_hpc.config.schema import HangConfig
+from cosmos_hpc.job.hang import Vigil, innermost_frame
+
+LIMITS = HangConfig(first_limit_s=1000.0, least_limit_s=60.0, factor=5.0)
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def hear(vigil: Vigil, clock: Clock, phase: str, beats: int, after_s: float) -> None:
+    clock.now += after_s
+    vigil.hear(Heartbeat(attempt=0, phase=phase, beats=beats))
+
+
+def test_each_phase_has_a_generous_limit_until_it_was_seen_and_then_a_learned_one() -> None:
+    clock = Clock()
+    vigil = Vigil(LIMITS, {}, clock)
+    assert vigil.limit_s == 1000.0
+    hear(vigil, clock, "start", 1, 30.0)
+    assert vigil.limit_s == 5 * 30.0
+    hear(vigil, clock, "train", 2, 1.0)
+    assert vigil.limit_s == 1000.0, "training was not seen yet"
+    hear(vigil, clock, "train", 3, 2.0)
+    assert vigil.limit_s == 60.0, "never below the floor"
+    hear(vigil, clock, "train", 4, 40.0)
+    assert vigil.limit_s == 200.0
+
+
+def test_a_heartbeat_whose_beats_do_not_grow_is_no_sign_of_life() -> None:
+    clock = Clock()
+    vigil = Vigil(LIMITS, {"train": 2.0}, clock)
+    hear(vigil, clock, "train", 7, 1.0)
+    for _ in range(6):
+        hear(vigil, clock, "train", 7, 10.0)
+        assert not vigil.is_hung
+    hear(vigil, clock, "train", 7, 0.5)
+    assert vigil.is_hung
+    assert vigil.describe(["rank 0 in f (x.py:1)"]) == "no sign of life for 60 s in phase train (rank 0 in f (x.py:1))"
+    hear(vigil, clock, "train", 8, 0.0)
+    assert not vigil.is_hung
+
+
+def test_what_one_attempt_learned_the_next_one_knows_but_not_the_hang_itself() -> None:
+    clock, learned = Clock(), {}
+    first = Vigil(LIMITS, learned, clock)
+    hear(first, clock, "first_step", 1, 20.0)
+    hear(first, clock, "train", 2, 100.0)
+    clock.now += 5000.0
+    assert first.is_hung
+    assert learned == {"start": 20.0, "first_step": 100.0}
+    second = Vigil(LIMITS, learned, clock)
+    hear(second, clock, "first_step", 1, 10.0)
+    assert second.limit_s == 500.0
+
+
+def test_the_main_threads_innermost_frame_is_read_from_a_real_dump() -> None:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = file.read()
+    frame = innermost_frame("some line of the log\n" + text + "another line\n")
+    assert frame.startswith(
+        f"in test_the_main_threads_innermost_frame_is_read_from_a_real_dump ({Path(__file__).name}:"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "Killed\n", "Current thread 0x00007f (most recent call first):\n"])
+def test_a_rank_that_prints_no_stack_is_said_to_be_stuck(text: str) -> None:
+    assert innermost_frame(text) == "did not answer: stopped, or stuck in the kernel"
