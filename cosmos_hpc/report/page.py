@@ -15,7 +15,7 @@ from markupsafe import Markup
 from cosmos_hpc import __version__
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import ExperimentFolder, write_atomically
-from cosmos_hpc.config.run_state import AttemptRecord
+from cosmos_hpc.config.run_state import AttemptRecord, Goodput
 from cosmos_hpc.report.curves import Style, loss_curves, psnr_curves, run_style
 from cosmos_hpc.report.pictures import PictureRows, before_and_after
 from cosmos_hpc.report.run_data import (
@@ -74,6 +74,40 @@ class RunRow:
 
     attempts: tuple[str, ...]
     """How each ended."""
+
+
+@dataclass(frozen=True)
+class GoodputRow:
+    """Where a run's seconds went, as a line of the table, ready to print."""
+
+    name: str
+    """<index>-<hash>."""
+
+    share: str
+    """Productive over allocated."""
+
+    allocated: str
+    """Duration."""
+
+    spent: tuple[str, ...]
+    """One duration for each of SPENT."""
+
+    bar: tuple[float, ...]
+    """One share in per cent for each of SPENT but the queue, which is not allocated."""
+
+
+SPENT = {
+    "productive_s": "steps that count",
+    "startup_s": "start-up",
+    "data_s": "data wait",
+    "validation_s": "validation",
+    "checkpoint_s": "checkpoint stall",
+    "lost_s": "lost steps",
+    "backoff_s": "back-off",
+    "silence_s": "silence",
+    "queue_s": "queue",
+}
+"""Field of `Goodput` to its heading; all but the last add up to the allocated seconds."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +210,8 @@ def _render(name: str, records: Sequence[RunRecord], pictures: PictureRows) -> s
         differing=differing,
         choices_of={record.name: _choices(record, differing) for record in records},
         runs=[_run_row(index, record, differing, record is best) for index, record in enumerate(records)],
+        goodput=[_goodput_row(record.name, record.goodput) for record in records if record.goodput.allocated_s > 0],
+        spent=list(SPENT.values()),
         final_steps=FINAL_STEPS,
         failures=[(record.name, record.failure) for record in records if record.failure],
         settings=[
@@ -203,6 +239,17 @@ def _run_row(index: int, record: RunRecord, differing: Sequence[str], is_best: b
         clips_per_s=_number(record.clips_per_s, ".2f"),
         wall_time=written_duration(record.wall_time_s) if record.attempts else NOTHING,
         attempts=tuple(_written_attempt(attempt) for attempt in record.attempts),
+    )
+
+
+def _goodput_row(name: str, goodput: Goodput) -> GoodputRow:
+    seconds = [getattr(goodput, item) for item in SPENT]
+    return GoodputRow(
+        name=name,
+        share=f"{goodput.share or 0.0:.1%}",
+        allocated=written_duration(goodput.allocated_s),
+        spent=tuple(written_duration(item_s) if item_s >= 0.5 else NOTHING for item_s in seconds),
+        bar=tuple(round(100 * item_s / goodput.allocated_s, 2) for item_s in seconds[:-1]),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import known_settings, read_run_config
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.run_state import AttemptRecord, RunState, Status
+from cosmos_hpc.config.run_state import AttemptRecord, Goodput, RunState, Status
 from cosmos_hpc.config.schema import DataConfig, RunConfig
 from cosmos_hpc.data.dataset_index import split_sizes
 
@@ -20,9 +20,6 @@ FINAL_STEPS = 10
 
 NOT_STARTED = "not started"
 """Stands for the status of a run that no supervisor has taken up."""
-
-ENDINGS = (None, "finished", "failed", "cancelled")
-"""Outcomes of an attempt after which the run does not go on by itself; none: it is under way."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +120,18 @@ class RunRecord:
         )
 
     @property
+    def goodput(self) -> Goodput:
+        """Where the seconds of all attempts went."""
+        return sum((attempt.goodput for attempt in self.attempts if attempt.goodput), start=Goodput())
+
+    @property
     def interruptions(self) -> list[int]:
         """Steps at which one attempt stopped and the next went on, or is to go on."""
         pairs = zip(self.steps, self.steps[1:], strict=False)
         resumed = {before.step for before, after in pairs if before.attempt != after.attempt}
-        stopped = {attempt.step for attempt in self.attempts if attempt.outcome not in ENDINGS}
-        return sorted(resumed | {step for step in stopped if step is not None and step <= self.last_step})
+        goes_on = self.status in (Status.WAITING, Status.RUNNING) and self.attempts
+        waits_at = self.attempts[-1].step if goes_on and self.attempts[-1].outcome is not None else None
+        return sorted(resumed | ({waits_at} if waits_at is not None and waits_at <= self.last_step else set()))
 
 
 def read_run(folder: RunFolder) -> RunRecord:

@@ -218,7 +218,7 @@ def test_page_of_runs_in_every_state_says_so(dataset: Path, experiment: Experime
     page = read_page(write_report(experiment, num_pictures=1))
     assert page.by_id("summary").text == "No run has been validated after training yet."
     assert [row["status"] for row in table(page, "runs")] == ["running", "failed", "not started"]
-    assert [row["attempts"] for row in table(page, "runs")] == ["0: running", "0: failed at step 3", "none yet"]
+    assert [row["attempts"] for row in table(page, "runs")] == ["0: running", "0: code fault at step 3", "none yet"]
     assert "attempt 0 failed: rank 1 on node-7: out of memory see rank_1.log" in page.text
     assert page.by_id("pictures").text.count("no checkpoint yet") == 2
 
@@ -340,3 +340,25 @@ def test_values_are_written_as_a_person_would(value: object, written: str) -> No
 )
 def test_pictures_are_spread_over_the_split(num_clips: int, num_pictures: int, positions: list[int]) -> None:
     assert spread_positions(num_clips, num_pictures) == positions
+
+
+def test_goodput_tells_where_the_time_of_all_attempts_went(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    first = {"allocated_s": 100.0, "productive_s": 40.0, "startup_s": 10.0, "lost_s": 50.0, "queue_s": 3600.0}
+    second = {"allocated_s": 300.0, "productive_s": 260.0, "data_s": 20.0, "backoff_s": 20.0}
+    attempts = [
+        {**attempt(0, 0.0, 100.0, "hang", step=9), "goodput": first},
+        {**attempt(1, 120.0, 400.0, "finished", step=40), "goodput": second},
+    ]
+    write_run(run_config("gone"), [], {"status": "finished", "attempts": attempts})
+    page = read_page(write_report(experiment))
+    (row,) = table(page, "goodput")
+    assert (row["goodput"], row["allocated"]) == ("75.0%", "6 min 40 s")  # 300 of 400 s
+    assert (row["steps that count"], row["lost steps"], row["queue"]) == ("5 min 00 s", "50 s", "1 h 00 min")
+    assert row["validation"] == "\N{EN DASH}"
+    widths = [span.attributes["style"] for span in page.by_id("goodput").all("div")[0].all("span")]
+    assert widths == [f"width: {share}%" for share in (75.0, 2.5, 5.0, 0.0, 0.0, 12.5, 5.0, 0.0)]
+
+
+def test_runs_of_earlier_versions_have_no_goodput(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    write_run(run_config("gone"), [], finished())
+    assert read_page(write_report(experiment)).find_id("goodput") is None

@@ -69,7 +69,7 @@ def test_interruptions_are_the_steps_between_attempts_and_the_stop_still_waiting
         "status": "waiting",
         "attempts": [
             attempt(0, 0.0, 1.0, "preempted", step=20),
-            attempt(1, 2.0, 3.0, "failed"),  # died at an unknown step, resumed from 26
+            attempt(1, 2.0, 3.0, "killed", step=29),  # resumed from 26, its newest checkpoint
             attempt(2, 4.0, 5.0, "time_limit", step=30),
         ],
     }
