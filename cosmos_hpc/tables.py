@@ -42,9 +42,9 @@ def print_plan(runs: Sequence[PlannedRun], placed: Sequence[PlacedRun]) -> None:
 
 
 def print_status(rows: Sequence[RunStatus]) -> None:
-    """One line a run: where it stands; below, why runs failed."""
+    """One line a run: where it stands; below, why runs failed and which ranks are slow."""
     print_table(
-        ["run", "status", "step", "loss", "val PSNR", "clips/s", "attempts", "last outcome"],
+        ["run", "status", "step", "loss", "val PSNR", "clips/s", "goodput", "attempts", "last outcome"],
         [
             [
                 row.run,
@@ -53,8 +53,9 @@ def print_status(rows: Sequence[RunStatus]) -> None:
                 "" if row.loss is None else f"{row.loss:.4f}",
                 "" if row.val_psnr is None else f"{row.val_psnr:.2f} dB",
                 "" if row.clips_per_s is None else f"{row.clips_per_s:.2f}",
+                "" if row.goodput is None else f"{row.goodput:.0%}",
                 str(row.attempts),
-                row.last_outcome or "",
+                (row.last_outcome or "").replace("_", " "),
             ]
             for row in rows
         ],
@@ -62,6 +63,8 @@ def print_status(rows: Sequence[RunStatus]) -> None:
     for row in rows:
         if row.message:
             print(f"{row.run}: {row.message}")
+        for slow in row.stragglers:
+            print(f"{row.run}: rank {slow.rank} takes {slow.step_time_s:.2f} s a step, {slow.ratio:.1f} x the median")
 
 
 def print_evaluations(rows: "Sequence[Evaluation]") -> None:

@@ -3,17 +3,36 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config
+from cosmos_hpc.config.rank_reports import Heartbeat
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
-from cosmos_hpc.config.run_state import RunState, Status
+from cosmos_hpc.config.run_state import Ending, Goodput, RunState, Status
 from cosmos_hpc.launch.local import is_alive, is_locked
+
+STRAGGLES = 1.3
+"""A rank's own time for a step over the median of all, from which on it is named."""
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that the others wait for."""
+
+    rank: int
+    """Global index."""
+
+    step_time_s: float
+    """Its own busy time in the last step."""
+
+    ratio: float
+    """Over the median of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,8 @@ class RunStatus:
     """<experiment>/<index>-<hash>."""
 
     status: str
-    """A status of state.json; `pending` until a supervisor starts, `died` where it is gone without a word, and
-    `unsupervised` for a run that torchrun's own line started."""
+    """A status of state.json; `pending` until a supervisor starts, `died` where it is gone without a word,
+    `unsupervised` for a run that torchrun's own line started, and `unreadable` where config.yaml is."""
 
     step: int
     """Steps done."""
@@ -45,27 +64,40 @@ class RunStatus:
     attempts: int
     """Starts of the ranks so far."""
 
-    last_outcome: str | None
+    last_outcome: Ending | None
     """How the attempt before ended."""
 
     message: str | None
     """Why the last attempt failed."""
 
+    goodput: float | None = None
+    """Productive over allocated seconds, in [0, 1]; none before anything was allocated."""
+
+    seconds: Goodput | None = None
+    """Where the seconds of all attempts went."""
+
+    stragglers: tuple[Straggler, ...] = ()
+    """Of a running run, the slowest first."""
+
     @property
     def is_over(self) -> bool:
         """Whether nothing more happens without a person, as far as a supervisor knows."""
-        return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED, "died", "unsupervised")
+        return self.status in (Status.FINISHED, Status.CANCELLED, Status.FAILED, "died", "unsupervised", "unreadable")
 
 
 def run_status(folder: RunFolder) -> RunStatus:
-    """Where one run stands now."""
-    config = read_run_config(folder.config)
+    """Where one run stands now; a run whose settings can't be read spoils its own row only."""
+    try:
+        config = read_run_config(folder.config)
+    except ConfigError as error:
+        return _unreadable(folder, str(error))
     state = RunState.read(folder.state)
     last, validated = _last_metrics(folder.metrics)
     ended = [attempt for attempt in state.attempts if attempt.outcome] if state else []
+    status = _status(folder, state, is_local=config.cluster.executor == "local")
     return RunStatus(
         run=folder.label,
-        status=_status(folder, state, is_local=config.cluster.executor == "local"),
+        status=status,
         step=last.get("step", 0),
         max_steps=config.trainer.max_steps,
         loss=last.get("loss"),
@@ -74,6 +106,9 @@ def run_status(folder: RunFolder) -> RunStatus:
         attempts=len(state.attempts) if state else 0,
         last_outcome=ended[-1].outcome if ended else None,
         message=ended[-1].message if ended else None,
+        goodput=state.goodput.share if state else None,
+        seconds=state.goodput if state else None,
+        stragglers=_stragglers(folder, state) if state and status == Status.RUNNING else (),
     )
 
 
@@ -140,6 +175,42 @@ def is_pending(folder: RunFolder, *, is_local: bool) -> bool:
         return is_alive(int(job))
     queue = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
     return bool(queue.stdout.strip())
+
+
+def _unreadable(folder: RunFolder, why: str) -> RunStatus:
+    """What can be told without the settings; a supervisor that has read them before goes on."""
+    state = RunState.read(folder.state)
+    lives = state is not None and is_locked(folder.supervisor_lock)
+    return RunStatus(
+        run=folder.label,
+        status=state.status if state is not None and lives else "unreadable",
+        step=0,
+        max_steps=0,
+        loss=None,
+        val_psnr=None,
+        clips_per_s=None,
+        attempts=0,
+        last_outcome=None,
+        message=why,
+    )
+
+
+def _stragglers(folder: RunFolder, state: RunState) -> tuple[Straggler, ...]:
+    beat = Heartbeat.of_attempt(folder, state.attempts[-1].attempt) if state.attempts else None
+    return stragglers(beat.step_times_s) if beat else ()
+
+
+def stragglers(step_times_s: Sequence[float]) -> tuple[Straggler, ...]:
+    """The ranks that are well slower than the median, the slowest first.
+
+    Args:
+        step_times_s: one number a rank.
+    """
+    median = statistics.median(step_times_s) if step_times_s else 0.0
+    if median <= 0:
+        return ()
+    found = [Straggler(rank, own, own / median) for rank, own in enumerate(step_times_s) if own > STRAGGLES * median]
+    return tuple(sorted(found, key=lambda straggler: -straggler.ratio))
 
 
 def _last_metrics(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
