@@ -4,6 +4,25 @@ from typing import Any
 
 from cosmos_hpc.config.schema import RunConfig
 
+NO_LIMIT = 10**6
+"""More than an array holds; where submitit is not told a number, it runs 256 at the same time."""
+
+SETUP = ("trap : TERM",)
+"""Bash outlives SIGTERM, so that the supervisor can finish its work."""
+
+TEARDOWN = (
+    "code=$?",
+    "if [ $code -eq 137 ]; then  # the supervisor was killed, which left nobody to give the job back to the queue",
+    "    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+    "    job=${job:-$SLURM_JOB_ID}  # never the raw id of an array's element: the last one's is the whole array's",
+    '    if [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then',
+    '        scontrol requeue "$job" && sleep 600  # SLURM ends this script',
+    "    fi",
+    "fi",
+    "exit $code",
+)
+"""The last lines of the batch script; its exit code is the job's. A cancelled job is COMPLETING, not RUNNING."""
+
 
 def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any]:
     """The options of one run, named as submitit's AutoExecutor names them.
@@ -34,8 +53,9 @@ def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any
         "slurm_constraint": cluster.constraint,
         "slurm_signal_delay_s": cluster.grace_s,
         "slurm_use_srun": False,  # one supervisor in the batch step; it starts the ranks by its own srun
-        "slurm_setup": ["trap : TERM"],  # bash outlives SIGTERM, so that the supervisor can finish its work
-        "slurm_array_parallelism": max_parallel,
+        "slurm_setup": list(SETUP),
+        "slurm_teardown": list(TEARDOWN),
+        "slurm_array_parallelism": max_parallel or NO_LIMIT,
         "slurm_additional_parameters": {k: v for k, v in {**size, **cluster.directives}.items() if v is not None},
     }
     return {name: value for name, value in options.items() if value is not None}

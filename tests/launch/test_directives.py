@@ -1,5 +1,6 @@
 """What SLURM is told, read from the text that submitit would hand to sbatch and from the srun line."""
 
+import subprocess
 from pathlib import Path
 
 from submitit.slurm.slurm import _make_sbatch_string
@@ -24,6 +25,10 @@ def sbatch_lines(options: dict) -> list[str]:
     return [line for line in _make_sbatch_string("true", "folder", **slurm).splitlines() if line.startswith("#SBATCH")]
 
 
+def array_line(options: dict) -> str:
+    return next(line for line in sbatch_lines({**options, "map_count": 600}) if "--array" in line)
+
+
 def test_each_size_is_written_once_and_is_the_jobs_real_one():
     options = directives(run())
     options.pop("nodes"), options.pop("slurm_setup")
@@ -39,6 +44,18 @@ def test_profile_fields_become_sbatch_lines():
     for expected in ("--partition=fast", "--account=team", "--time=90", "--signal=USR2@120", "--exclusive", "--mem=0"):
         assert f"#SBATCH {expected}" in lines
     assert "#SBATCH --requeue" in lines
+
+
+def test_an_array_runs_as_many_at_a_time_as_asked_and_all_of_them_if_nothing_is_asked():
+    assert array_line(directives(run(), max_parallel=2)) == "#SBATCH --array=0-599%2"
+    assert array_line(directives(run())) == "#SBATCH --array=0-599%600"
+
+
+def test_the_scripts_own_exit_code_is_the_supervisors():
+    options = directives(run())
+    for code in (0, 1, 3):
+        script = "\n".join([*options["slurm_setup"], f"(exit {code})", *options["slurm_teardown"]])
+        assert subprocess.run(["bash", "-c", script], check=False).returncode == code
 
 
 def test_srun_repeats_the_size_and_runs_one_task_a_gpu():
