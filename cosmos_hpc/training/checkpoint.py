@@ -116,14 +116,14 @@ class CheckpointStore:
         self.finish(may_fail=True)
         self._begun = time.monotonic()
         target = self._folder.checkpoint(state.step)
-        if self._groups.from_first(target.exists()) or not self._has_room(state, may_fail=may_fail):
-            return
         unfinished = _unfinished(target)
-        if self._groups.rank.is_first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+        if self._groups.from_first(target.exists()):
+            return
+        obstacle = self._groups.from_first(self._make_folder(unfinished, state) if self._groups.rank.is_first else None)
+        if obstacle is not None:
+            self._complain(f"{target} can't be written: {obstacle}", may_fail=may_fail)
+            return
         own = self._groups.gather({"loader": state.loader.state(), "rng": random_state()})
-        self._groups.barrier()
         with cuda_calls_on(self._groups.device):
             request = dist_checkpointing.save(
                 self._sharded(state, is_loading=False),
@@ -173,12 +173,9 @@ class CheckpointStore:
         write, self._write = self._write, None
         errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._groups.gather(write.wait())) if error]
         if errors:
-            message = f"{self._target} could not be written ({errors[0]})"
-            if not may_fail:
-                raise SaveError(f"{message}: make room; the checkpoint before is whole")
             if self._groups.rank.is_first:
                 remove_unfinished(self._folder.checkpoints)
-                logger.warning("%s: training goes on, and the next save tries again", message)
+            self._complain(f"{self._target} could not be written: {errors[0]}", may_fail=may_fail)
             return
         with cuda_calls_on(self._groups.device):
             write.finalize()
@@ -273,22 +270,26 @@ class CheckpointStore:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return FullyParallelLoadStrategyWrapper(strategy, group)
 
-    def _has_room(self, state: "TrainState", *, may_fail: bool) -> bool:
-        """Whether the disk holds another checkpoint: weights, their average, two moments; the same on every rank."""
+    def _make_folder(self, unfinished: Path, state: "TrainState") -> str | None:
+        """Make the folder of a save; why that can't be, or none. Weights, their average and two moments are to fit."""
         copies = 3 if state.average is None else 4
         needed = copies * 4 * sum(weight.numel() for weight in state.module.parameters()) + MARGIN_BYTES
-        free = 0
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            free = shutil.disk_usage(unfinished).free
+        except OSError as error:
+            return str(error)
+        if free >= needed:
+            return None
+        remove_unfinished(self._folder.checkpoints)
+        return f"No space left on device, {free >> 20} MiB are free and it takes {needed >> 20} MiB"
+
+    def _complain(self, message: str, *, may_fail: bool) -> None:
+        if not may_fail:
+            raise SaveError(f"{message}; the checkpoint before is whole: mend it and submit again")
         if self._groups.rank.is_first:
-            self._folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self._folder.checkpoints).free
-        free = self._groups.from_first(free)
-        if free < needed:
-            message = f"{self._folder.checkpoints} has {free >> 20} MiB free, but a checkpoint takes {needed >> 20} MiB"
-            if not may_fail:
-                raise SaveError(f"{message}: No space left on device, make room")
-            if self._groups.rank.is_first:
-                logger.warning("%s: training goes on, and the next save tries again", message)
-        return bool(free >= needed)
+            logger.warning("%s; training goes on, and the next save tries again", message)
 
 
 def _unfinished(target: Path) -> Path:
