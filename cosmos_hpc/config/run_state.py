@@ -195,7 +195,7 @@ class RunState:
     """Oldest first."""
 
     longest_silence_s: dict[str, float] = field(default_factory=dict)
-    """Phase of the heartbeat to the longest time in it between two signs of life."""
+    """Phase that the run has been through to the longest time in it between two signs of life."""
 
     @property
     def goodput(self) -> Goodput:

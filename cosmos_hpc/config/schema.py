@@ -333,13 +333,13 @@ class HangConfig:
     """When ranks without a sign of life count as hung; learned for each phase from the silences seen in it."""
 
     first_limit_s: float = 1800.0
-    """Seconds of silence in a phase that this run has not been through yet."""
+    """Seconds of silence in a phase that this run has not been through yet, such as its first start."""
 
     least_limit_s: float = 300.0
     """Seconds below which a learned limit never falls."""
 
     factor: float = 5.0
-    """Learned limit over the longest silence that was followed by a sign of life."""
+    """Learned limit over the longest silence that was followed by a sign of life; each hang doubles the limit."""
 
     def __post_init__(self) -> None:
         for name in ("first_limit_s", "least_limit_s"):

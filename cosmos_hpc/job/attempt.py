@@ -107,6 +107,7 @@ class Attempt:
         if self._config.cluster.executor == "local":
             dump_with_py_spy(children(step.pid), output)
         said = self._vigil.describe(stacks.wait(lambda: step.poll() is not None))
+        self._vigil.give_more_time()
         kill_step(self._config, step)
         return said
 

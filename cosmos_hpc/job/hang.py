@@ -38,7 +38,7 @@ class Vigil:
 
         Args:
             limits: from the settings.
-            longest_silence_s: by phase, over the whole run; kept up to date here.
+            longest_silence_s: by phase that the run has been through to its end; kept up to date here.
             clock: seconds; never goes back, and stands still with the machine.
         """
         self._limits = limits
@@ -46,6 +46,7 @@ class Vigil:
         self._clock = clock
         self._last_sign = clock()
         self._beats: int | None = None
+        self._longest_in_phase_s = 0.0
         self.newest = Heartbeat()
         """What was heard last of this attempt."""
 
@@ -77,11 +78,23 @@ class Vigil:
         if beat is None:
             return
         if self._beats is None or beat.beats > self._beats:
-            phase, silence_s = self.newest.phase, self.silence_s
-            self._longest_silence_s[phase] = max(silence_s, self._longest_silence_s.get(phase, 0.0))
+            self._longest_in_phase_s = max(self._longest_in_phase_s, self.silence_s)
+            # Only a phase that was left has shown its longest silence: a start shows life before it loads a checkpoint
+            if beat.phase != self.newest.phase or self.newest.phase in self._longest_silence_s:
+                self._learn(self._longest_in_phase_s)
+            if beat.phase != self.newest.phase:
+                self._longest_in_phase_s = 0.0
             self._last_sign = self._clock()
             self._beats = beat.beats
         self.newest = beat
+
+    def give_more_time(self) -> None:
+        """Double the limit of the phase for the next attempt: what looked like a hang may have been slowness."""
+        self._learn(2 * self.limit_s / self._limits.factor)
+
+    def _learn(self, silence_s: float) -> None:
+        phase = self.newest.phase
+        self._longest_silence_s[phase] = max(silence_s, self._longest_silence_s.get(phase, 0.0))
 
     def describe(self, frames: Sequence[str]) -> str:
         """The hang in one line."""

@@ -27,18 +27,29 @@ def hear(vigil: Vigil, clock: Clock, phase: str, beats: int, after_s: float) -> 
     vigil.hear(Heartbeat(attempt=0, phase=phase, beats=beats))
 
 
-def test_each_phase_has_a_generous_limit_until_it_was_seen_and_then_a_learned_one() -> None:
+def test_each_phase_has_a_generous_limit_until_it_was_left_and_then_a_learned_one() -> None:
     clock = Clock()
     vigil = Vigil(LIMITS, {}, clock)
-    assert vigil.limit_s == 1000.0
     hear(vigil, clock, "start", 1, 30.0)
+    hear(vigil, clock, "start", 2, 20.0)
+    assert vigil.limit_s == 1000.0, "the start may still be in for a longer silence"
+    hear(vigil, clock, "train", 3, 10.0)
+    hear(vigil, clock, "train", 4, 1.0)
+    assert vigil.limit_s == 1000.0
+    hear(vigil, clock, "start", 5, 1.0)  # a roll-back
     assert vigil.limit_s == 5 * 30.0
-    hear(vigil, clock, "train", 2, 1.0)
-    assert vigil.limit_s == 1000.0, "training was not seen yet"
-    hear(vigil, clock, "train", 3, 2.0)
+    hear(vigil, clock, "train", 6, 1.0)
     assert vigil.limit_s == 60.0, "never below the floor"
-    hear(vigil, clock, "train", 4, 40.0)
+    hear(vigil, clock, "train", 7, 40.0)
     assert vigil.limit_s == 200.0
+
+
+def test_a_hang_doubles_the_limit_of_its_phase() -> None:
+    learned: dict[str, float] = {}
+    for expected_s in (1000.0, 2000.0, 4000.0):
+        vigil = Vigil(LIMITS, learned, Clock())
+        assert vigil.limit_s == expected_s
+        vigil.give_more_time()
 
 
 def test_a_heartbeat_whose_beats_do_not_grow_is_no_sign_of_life() -> None:
@@ -55,7 +66,7 @@ def test_a_heartbeat_whose_beats_do_not_grow_is_no_sign_of_life() -> None:
     assert not vigil.is_hung
 
 
-def test_what_one_attempt_learned_the_next_one_knows_but_not_the_hang_itself() -> None:
+def test_what_one_attempt_learned_the_next_one_knows() -> None:
     clock, learned = Clock(), {}
     first = Vigil(LIMITS, learned, clock)
     hear(first, clock, "first_step", 1, 20.0)

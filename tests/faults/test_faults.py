@@ -1,0 +1,97 @@
+"""Kill it anywhere: it goes on by itself, and what comes out is what an unbroken run gives, bit for bit.
+
+`make test` strikes once with each class of faults, `make test-faults` 25 times and `make test-faults-all` 200 times.
+"""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+from faults import Victim, choose, small_disk
+from forked_run import start_supervisor
+
+from cosmos_hpc.config.load import load_experiment
+from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
+from cosmos_hpc.config.run_state import RunState, Status
+from cosmos_hpc.config.sweep import expand
+from cosmos_hpc.launch.submit import lay_out
+from cosmos_hpc.tokenizer import load_tokenizer
+
+COUNT = int(os.environ.get("COSMOS_HPC_FAULTS", "8"))
+STEPS = 7 * COUNT
+DISK_MIB = 96
+
+
+def laid_out(root: Path, dataset: Path) -> RunFolder:
+    """A run of two ranks, ready for its supervisor."""
+    job = root / "faults.yaml"
+    job.write_text(
+        f"""\
+name: faults
+model: {{channels: 4}}
+data: {{path: {dataset}, num_frames: 9, crop_size: 16, micro_batch_size: 2, global_batch_size: 4, num_workers: 1}}
+trainer: {{max_steps: {STEPS}, devices: 2, precision: 32, val_check_interval: 7}}
+optim: {{lr: 1e-3, warmup_steps: 4}}
+checkpoint: {{every_n_steps: 3}}
+cluster:
+  executor: local
+  restarts: {{backoff_s: 0.01, lost_ranks: 9, killed: 9, hang: 9, disk_full: 9, code_fault: 9, supervisor_killed: 9}}
+  hang: {{first_limit_s: 20, least_limit_s: 6}}
+"""
+    )
+    ((run,),) = ([planned.config for planned in expand(load_experiment(job, []))],)
+    experiment = ExperimentFolder(root / "runs" / run.name)
+    (folder,) = experiment.place([run])
+    lay_out(run, folder)
+    experiment.max_parallel.write_text("1")
+    return folder
+
+
+def metrics(folder: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the full disk is a file system of its own, which only root can mount")
+def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path, dataset, monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    )  # of the fork server
+    unbroken = laid_out(tmp_path, dataset)
+    supervisor = start_supervisor(unbroken.path, tmp_path / "no plan")
+    generator, wait_s = random.Random(1), []
+    with small_disk(tmp_path / "disk", DISK_MIB) as disk:
+        struck = laid_out(disk, dataset)
+        supervisor.join()
+        victim = Victim(struck, disk, generator)
+        try:
+            for fault in choose(COUNT, generator):
+                attempt = victim.wait_for_steps(generator.randint(1, 3))
+                began = time.monotonic()
+                fault.strike(victim)
+                if fault.is_new_attempt:
+                    victim.wait_for_recovery(attempt)
+                wait_s.append(time.monotonic() - began)
+                print(f"{fault.name} at step {victim.step}: trains again after {wait_s[-1]:.1f} s", flush=True)
+            victim.supervisor.join()
+        finally:
+            victim.supervisor.kill()
+        state = RunState.read(struck.state)
+        lost = sum(
+            attempt.step - (after.resumed_step or 0)
+            for attempt, after in zip(state.attempts, state.attempts[1:], strict=False)
+            if attempt.step is not None
+        )
+        print(f"{COUNT} faults, {lost} steps lost, {sum(wait_s):.0f} s lost, {len(state.attempts)} attempts")
+        assert state.status is Status.FINISHED
+        expected, got = metrics(unbroken), metrics(struck)
+        assert [line["step"] for line in got] == list(range(STEPS + 1))
+        assert [line.get("loss") for line in got] == [line.get("loss") for line in expected]
+        assert [line.get("val_psnr") for line in got] == [line.get("val_psnr") for line in expected]
+        for ema in (False, True):
+            weights = load_tokenizer(unbroken.path, ema=ema).state_dict()
+            assert all(
+                value.equal(weights[name]) for name, value in load_tokenizer(struck.path, ema=ema).state_dict().items()
+            )
