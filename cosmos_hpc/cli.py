@@ -4,6 +4,7 @@ Heavy modules are imported inside the verbs that need them: a login node answers
 """
 
 import dataclasses
+import errno
 import json
 import shlex
 import sys
@@ -61,12 +62,21 @@ class ExportDtype(StrEnum):
     FP32 = "fp32"
 
 
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
+
 def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2."""
     try:
         app()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        mend = "free some space, or choose another folder"
+        print(f"error: {error.filename or 'a file'} can't be written ({error.strerror}): {mend}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -276,7 +286,9 @@ def export(
         ),
     ] = ExportFormat.JIT,
     dtype: Annotated[ExportDtype, typer.Option(help="Type of the weights.")] = ExportDtype.FP32,
-    ema: Annotated[bool, typer.Option("--ema", help="The moving averages of the weights that the run kept.")] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The moving averages that the run kept of its weights; into FORMAT-ema.")
+    ] = False,
     statistics: Annotated[
         Path | None,
         typer.Option(

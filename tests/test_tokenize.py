@@ -16,7 +16,7 @@ import webdataset
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from cosmos_hpc.cli import app
+from cosmos_hpc.cli import app, main
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import ModelConfig
 from cosmos_hpc.data.pack import pack
@@ -322,3 +322,18 @@ def test_command_prints_what_was_done_and_what_was_left_out(tmp_path, cv):
     assert "nothing to do: " in CliRunner().invoke(app, arguments).stdout
     told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert (told["videos"], told["kept"], len(told["skipped"])) == (0, 2, 1)
+
+
+@pytest.mark.parametrize("verb", ["tokenize", "reconstruct", "export"])
+def test_place_that_can_not_be_written_is_one_line(tmp_path, cv, verb, monkeypatch, capsys):
+    video = film(tmp_path / "videos" / "a.mp4")
+    (tmp_path / "file").touch()
+    sources = [str(cv)] if verb == "export" else [str(video), "--weights", str(cv)]
+    monkeypatch.setattr(sys, "argv", ["cosmos-hpc", verb, *sources, "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if "can't be written (Not a directory): free" in line
+    ]
+    assert len(lines) == 1

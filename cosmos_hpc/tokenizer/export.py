@@ -1,8 +1,10 @@
 """Weights out of the kit, in the forms that other programs of the Cosmos family load."""
 
+import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.tokenizer.build import build
@@ -32,6 +35,9 @@ from cosmos_hpc.tokenizer.traceable import traceable_modules
 logger = logging.getLogger(__name__)
 
 FORMS = ("jit", "pt", "safetensors", "diffusers")
+
+ROOM_BYTES = 32 * 2**20
+"""Beside the tensors: programs and the inputs of the check."""
 
 
 def export_jit(
@@ -65,8 +71,8 @@ def export(
         The files.
 
     Raises:
-        ConfigError: on another form, on one that the network does not have, on statistics of a DV network, or if what
-            the files compute differs from what the network does.
+        ConfigError: on another form, on one that the network does not have, on statistics of a DV network, if `out`
+            can't be written, or if what the files compute differs from what the network does.
     """
     check_form(tokenizer, form)
     writers: dict[str, Callable[[ContinuousTokenizer | DiscreteTokenizer, Path], None]] = {
@@ -78,9 +84,10 @@ def export(
     if statistics is not None and isinstance(tokenizer, DiscreteTokenizer):
         raise ConfigError(f"{tokenizer.architecture.name} has no {FILE}: export it without latent statistics")
     network = _cast_copy(tokenizer, dtype)
-    with _hidden_folder(out) as folder:
+    with _one_line_errors(out), _hidden_folder(out) as folder:
         written = folder / "files"
         written.mkdir()
+        _check_room(network, out, form)
         writers[form](network, written)
         difference = _largest_difference(network, written, folder / "cases.pt", form)
         files = sorted(written.iterdir(), key=lambda file: file.name, reverse=True)  # the autoencoder last
@@ -93,6 +100,27 @@ def export(
             file.replace(out / file.name)
     logger.info("exported %s, largest difference from the network %.1e", ", ".join(f.name for f in files), difference)
     return [out / file.name for file in files]
+
+
+@contextmanager
+def _one_line_errors(out: Path) -> Iterator[None]:
+    """A folder that can't be written is the user's to mend; torch and safetensors have errors of their own for it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if not isinstance(error, OSError) and not re.search("No space left|quota|failed writing", reason):
+            raise
+        raise ConfigError(f"{out} can't be written ({reason}): free some space, or name another folder") from error
+
+
+def _check_room(network: ContinuousTokenizer | DiscreteTokenizer, out: Path, form: str) -> None:
+    """Refuse a disk that is too full beforehand: `torch.jit.save` ends the whole process on one."""
+    tensors = network.state_dict().values()
+    num_copies = 2 if form == "jit" else 1  # of each half alone, and of both together
+    needed = num_copies * sum(tensor.nbytes for tensor in tensors) + ROOM_BYTES
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, {needed / 2**20:.0f} MiB are needed")
 
 
 @contextmanager

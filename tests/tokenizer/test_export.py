@@ -240,6 +240,23 @@ def test_unknown_form_names_the_known_ones(small, tmp_path):
         export(small("CV8x8x8"), tmp_path, "onnx")
 
 
+def test_folder_that_can_not_be_written_is_told_in_one_line(small, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file can't be written \(File exists\): free some space, or name another"):
+        export(small("CV8x8x8"), tmp_path / "file", "pt")
+
+    def fill_the_disk(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(export_module, "_write_pt", fill_the_disk)
+    with pytest.raises(ConfigError, match=r"out can't be written \(.*failed writing file\): free some space"):
+        export(small("CV8x8x8"), tmp_path / "out", "pt")
+    monkeypatch.setattr(export_module, "ROOM_BYTES", 2**80)
+    with pytest.raises(ConfigError, match=r"out can't be written \(\d+ MiB are free, \d+ MiB are needed\): free some"):
+        export(small("CV8x8x8"), tmp_path / "out", "jit")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_killed_export_leaves_nothing_under_the_final_names(tmp_path):
     program = (
         "from pathlib import Path; from cosmos_hpc.config.schema import ModelConfig;"
