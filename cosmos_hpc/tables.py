@@ -35,9 +35,13 @@ def print_plan(runs: Sequence[PlannedRun], placed: Sequence[PlacedRun]) -> None:
     """One line a run: what the sweep chose, its size, what `submit` does with it."""
     rows = [plan_row(run, place) for run, place in zip(runs, placed, strict=True)]
     size = ("steps", "ranks", "cluster", "action")
+    varied = dict.fromkeys(key for run in runs for key in run.choices)  # rows of sweep.list may name different ones
     print_table(
-        ["run", *runs[0].choices, *size],
-        [[row["run"], *map(str, row["choices"].values()), *(str(row[name]) for name in size)] for row in rows],
+        ["run", *varied, *size],
+        [
+            [row["run"], *(str(row["choices"].get(key, "")) for key in varied), *(str(row[name]) for name in size)]
+            for row in rows
+        ],
     )
 
 

@@ -1,8 +1,7 @@
 """YAML files and dotted overrides to typed settings; every refusal names the key, the place and the mend."""
 
-import copy
-import dataclasses
 import difflib
+import functools
 import os
 import shutil
 import typing
@@ -16,7 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import RunConfig, SweepConfig
+from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.config.sweep_schema import SweepConfig
+from cosmos_hpc.config.typed import Variants, first_line, known_settings, typed
 
 PROFILE_GROUPS = ("cluster", "container")
 """Groups that YAML may give by the name of a file."""
@@ -58,13 +59,11 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
         _refuse_unknown_keys(settings, origin)
     merged = _merge(written, changes)
     sweep = merged.pop("sweep", None) or {}
-    overridden = set(_dotted_keys(changes))
-    for form in ("grid", "zip"):
-        sweep[form] = _lists_of(sweep.get(form), f"{source}: sweep.{form}", without=overridden)
+    _take_out(sweep, set(_dotted_keys(changes)), source)
     if "cluster" not in merged and shutil.which("sbatch"):
         merged["cluster"] = {"executor": "slurm"}
-    experiment = Experiment(source, merged, _typed(SweepConfig, sweep, source))
-    for key in (*experiment.sweep.grid, *experiment.sweep.zip):
+    experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
+    for key in experiment.sweep.keys:
         _refuse_unknown_setting(key, f"{source}: sweep")
         if key == "name":
             raise ConfigError(f"{source}: sweep: name is the experiment's, which all its runs share: take it out")
@@ -81,15 +80,20 @@ def resolve(experiment: Experiment, choices: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: for a value that can't work.
     """
-    settings = copy.deepcopy(experiment.settings)
-    for key, value in choices.items():
-        *groups, last = key.split(".")
-        target = settings
-        for group in groups:
-            target = target.setdefault(group, {})
-        target[last] = value
-    chosen = "".join(f", {key}={value}" for key, value in choices.items())
-    return _typed(RunConfig, _expanded(settings, experiment.source), experiment.source + chosen)
+    return next(resolve_all(experiment, [choices]))
+
+
+def resolve_all(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterator[RunConfig]:
+    """The runs that an experiment becomes under several choices of its sweep; some 0.2 ms each.
+
+    Raises:
+        ConfigError: for a value that can't work.
+    """
+    source = experiment.source
+    variants = Variants(RunConfig, _expanded(experiment.settings, source), source)
+    for choices in rows:
+        expanded = {key: _expanded(value, source, key) for key, value in choices.items()}
+        yield variants.make(expanded, source + "".join(f", {key}={value}" for key, value in choices.items()))
 
 
 def read_run_config(path: Path) -> RunConfig:
@@ -100,7 +104,7 @@ def read_run_config(path: Path) -> RunConfig:
     """
     settings = _read_mapping(path)
     _refuse_unknown_keys(settings, str(path))
-    return _typed(RunConfig, settings, str(path))
+    return typed(RunConfig, settings, str(path))
 
 
 def to_yaml(run: RunConfig) -> str:
@@ -112,15 +116,6 @@ def to_yaml(run: RunConfig) -> str:
 def find_shipped(name: str) -> Path | None:
     """A file named from the working folder, or else from among those that come with the package."""
     return next((path for path in (Path(name), *(root / name for root in SHIPPED)) if path.is_file()), None)
-
-
-def known_settings(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Dotted name and field of every setting, in the order of the schema."""
-    for item in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(item.type):
-            yield from known_settings(typing.cast(type, item.type), f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, item
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -152,7 +147,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         words = " ".join(overrides)
-        raise ConfigError(f"{words}: a value is no valid YAML ({_first_line(error)}): quote it") from None
+        raise ConfigError(f"{words}: a value is no valid YAML ({first_line(error)}): quote it") from None
 
 
 def _with_profiles(settings: dict[str, Any], source: str) -> dict[str, Any]:
@@ -235,9 +230,15 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return next(iter(by_whole or by_last or difflib.get_close_matches(key, known, n=1, cutoff=0.0)))
 
 
-def _expanded(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """Expand the environment where a setting allows it, and refuse `${` elsewhere."""
-    allowed = {name: item.metadata for name, item in known_settings() if item.metadata.get("expands")}
+def _expanded(settings: Any, source: str, key: str = "") -> Any:
+    """Expand the environment where a setting allows it, and refuse `${` elsewhere.
+
+    Args:
+        settings: nested as in YAML, or one value.
+        source: for messages.
+        key: of that value.
+    """
+    allowed = _expanding_settings()
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
@@ -251,7 +252,12 @@ def _expanded(settings: dict[str, Any], source: str) -> dict[str, Any]:
             )
         return value
 
-    return typing.cast(dict[str, Any], walk(settings, ""))
+    return walk(settings, key)
+
+
+@functools.cache
+def _expanding_settings() -> dict[str, Mapping[str, Any]]:
+    return {name: item.metadata for name, item in known_settings() if item.metadata.get("expands")}
 
 
 def _expand(value: str, key: str, source: str) -> str:
@@ -268,30 +274,19 @@ def _whole(value: str, metadata: Mapping[str, Any]) -> str:
     return str(Path(value).resolve()) if is_path and not is_name else value
 
 
-def _typed(schema: type, settings: Mapping[str, Any], source: str) -> Any:
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(settings)))
-        return OmegaConf.to_object(merged)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or _tuple_of_wrong_length(settings, schema) or "a setting"
-        takes = next((item.type for name, item in known_settings(schema) if key.split("[")[0] == name), None)
-        expected = f": it takes {getattr(takes, '__name__', takes)}" if takes is not None else ""
-        raise ConfigError(f"{source}: {key}: {_first_line(error)}{expected}") from None
-
-
-def _tuple_of_wrong_length(settings: Mapping[str, Any], schema: type) -> str | None:
-    """The setting of which OmegaConf says only that a length does not match."""
-    for name, item in known_settings(schema):
-        value: Any = settings
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        parts = typing.get_args(item.type)
-        is_pair = typing.get_origin(item.type) is tuple and Ellipsis not in parts
-        if is_pair and isinstance(value, list) and len(value) != len(parts):
-            return name
-    return None
+def _take_out(sweep: dict[str, Any], overridden: set[str], source: str) -> None:
+    """Leave the keys that an override has decided out of every form of a sweep."""
+    for form in ("grid", "zip"):
+        sweep[form] = _lists_of(sweep.get(form), f"{source}: sweep.{form}", without=overridden)
+    rows = sweep.get("list")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        left = [{key: value for key, value in row.items() if key not in overridden} for row in rows]
+        sweep["list"] = left if left == rows or any(left) else []
+    draws = sweep.get("random")
+    if isinstance(draws, dict) and isinstance(settings := draws.get("settings"), dict) and settings:
+        draws["settings"] = {key: value for key, value in settings.items() if key not in overridden}
+        if not draws["settings"]:
+            del sweep["random"]
 
 
 def _lists_of(values: Any, key: str, without: set[str]) -> dict[str, list[Any]]:
@@ -301,7 +296,3 @@ def _lists_of(values: Any, key: str, without: set[str]) -> dict[str, list[Any]]:
     if not isinstance(values, dict) or not all(isinstance(value, list) for value in values.values()):
         raise ConfigError(f"{key} is {values!r}, but takes lists by setting: write {{optim.lr: [1e-4, 3e-5]}}")
     return {name: value for name, value in values.items() if name not in without}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

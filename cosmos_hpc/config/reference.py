@@ -9,7 +9,8 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from cosmos_hpc.config.schema import RunConfig, SweepConfig
+from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.config.sweep_schema import SweepConfig
 
 BEGIN, END = "<!-- settings: made by `make docs` -->", "<!-- end of settings -->"
 
@@ -42,7 +43,7 @@ def _rows(schema: type, prefix: str, *, is_neutral: bool) -> Iterator[tuple[str,
 def _default(item: "dataclasses.Field[typing.Any]") -> str:
     made = item.default_factory
     value = item.default if made is dataclasses.MISSING else made()
-    return "" if value is None or value in ((), {}) else f"`{list(value) if isinstance(value, tuple) else value}`"
+    return "" if value is None or value in ((), {}, []) else f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
 def _meanings(schema: type) -> dict[str, str]:

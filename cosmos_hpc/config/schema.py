@@ -507,35 +507,6 @@ def _multiples_around(value: int, factor: int, least: int) -> list[int]:
     return sorted({max(least, below), max(least, below + factor)})
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """One experiment file, many runs: the product of all grid keys and of the zipped ones taken together."""
-
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Setting (dotted) to its values; every combination becomes a run, the last key varying fastest."""
-
-    zip: dict[str, list[Any]] = field(default_factory=dict)
-    """Setting (dotted) to its values; lists of equal length, walked side by side."""
-
-    max_parallel: int | None = None
-    """Runs at the same time; none: as many as the cluster gives, and one on a local machine."""
-
-    def __post_init__(self) -> None:
-        for key, values in (*self.grid.items(), *self.zip.items()):
-            require(len(values) > 0, f"sweep: {key} has no values: give a list of at least one")
-        lengths = {key: len(values) for key, values in self.zip.items()}
-        require(
-            len(set(lengths.values())) <= 1,
-            f"sweep.zip walks its lists side by side, but their lengths are {lengths}: make them equal",
-        )
-        twice = set(self.grid) & set(self.zip)
-        require(not twice, f"sweep names {', '.join(sorted(twice))} in grid and in zip: keep one")
-        require(
-            self.max_parallel is None or self.max_parallel >= 1,
-            f"sweep.max_parallel is {self.max_parallel}, but must be at least 1",
-        )
-
-
 def identity(config: Any) -> dict[str, Any]:
     """The settings that change the result, nested as in YAML; every other setting is left out."""
     settings = {}
