@@ -214,10 +214,10 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show how the runs of an experiment stand."""
-    from cosmos_hpc.launch.status import run_status
+    from cosmos_hpc.launch.status import run_statuses
     from cosmos_hpc.tables import print_status
 
-    rows = [run_status(folder) for folder in _runs(experiment)]
+    rows = run_statuses(_runs(experiment))
     if as_json:
         _print_json([dataclasses.asdict(row) for row in rows])
         return
@@ -492,11 +492,11 @@ def _shares(text: str) -> tuple[float, float, float]:
 
 def _wait(folders: "list[RunFolder]", again: str) -> None:
     from cosmos_hpc.launch.follow import follow
-    from cosmos_hpc.launch.status import run_status
+    from cosmos_hpc.launch.status import run_statuses
     from cosmos_hpc.tables import print_status
 
     failed = follow(folders, again)
-    print_status([run_status(folder) for folder in folders])
+    print_status(run_statuses(folders))
     if failed:
         raise typer.Exit(1)
 

@@ -7,9 +7,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.launch.status import RunStatus, cancel, run_status
+from cosmos_hpc.launch.status import RunStatus, cancel, run_status, run_statuses
 
 POLL_S = 0.5
+
+QUEUE_POLL_S = 5.0
+"""The controller serves everybody."""
 
 
 def progress_bar() -> Progress:
@@ -34,7 +37,7 @@ def follow(
     Args:
         folders: the runs.
         again: command that goes on after a stop, for the message.
-        on_status: called with each run's status twice a second.
+        on_status: called with each run's status at each look.
 
     Returns:
         The runs that did not finish.
@@ -61,7 +64,7 @@ def _watch(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStat
     with progress_bar() as progress:
         tasks = [progress.add_task(folder.label, total=None) for folder in folders]
         while True:
-            found = [run_status(folder) for folder in folders]
+            found = run_statuses(folders)
             for folder, task, status in zip(folders, tasks, found, strict=True):
                 loss = "" if status.loss is None else f", loss {status.loss:.4f}"
                 what = f"{folder.label} {status.status}{loss}"
@@ -69,4 +72,4 @@ def _watch(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStat
                 on_status(folder, status)
             if all(status.is_over for status in found):
                 return found
-            time.sleep(POLL_S)
+            time.sleep(QUEUE_POLL_S if any(status.job for status in found) else POLL_S)

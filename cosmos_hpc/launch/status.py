@@ -4,18 +4,19 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config
 from cosmos_hpc.config.rank_reports import Heartbeat
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import Ending, Goodput, RunState, Status
+from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import is_alive, is_locked
+from cosmos_hpc.launch.queue import JobStatus, cancel_jobs, job_statuses
 
 STRAGGLES = 1.3
 """A rank's own time for a step over the median of all, from which on it is named."""
@@ -79,6 +80,9 @@ class RunStatus:
     stragglers: tuple[Straggler, ...] = ()
     """Of a running run, the slowest first."""
 
+    job: JobStatus | None = None
+    """What SLURM says of the newest job; none for a local run, and where SLURM does not answer."""
+
     @property
     def is_over(self) -> bool:
         """Whether nothing more happens without a person, as far as a supervisor knows."""
@@ -86,42 +90,50 @@ class RunStatus:
 
 
 def run_status(folder: RunFolder) -> RunStatus:
-    """Where one run stands now; a run whose settings can't be read spoils its own row only."""
+    """Where one run stands now; for several, `run_statuses` asks the scheduler once."""
+    return run_statuses([folder])[0]
+
+
+def run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
+    """Where runs stand now; a run whose settings can't be read spoils its own row only.
+
+    Where SLURM does not answer, as on a machine that only has a copy of the folders, these alone tell.
+    """
+    read = [_read(folder) for folder in folders]
     try:
-        config = read_run_config(folder.config)
-    except ConfigError as error:
-        return _unreadable(folder, str(error))
+        jobs = job_statuses(one.job for one in read if isinstance(one, _Read) and one.job)
+    except ConfigError:
+        jobs = {}
+    return [one if isinstance(one, RunStatus) else _told(one, jobs.get(one.job or "")) for one in read]
+
+
+def newest_job(folder: RunFolder) -> str | None:
+    """The job that a run was last sent as, or last ran in; empty while it is being sent."""
+    if folder.pending_mark.exists():
+        return folder.pending_mark.read_text()
     state = RunState.read(folder.state)
-    last, validated = _last_metrics(folder.metrics)
-    ended = [attempt for attempt in state.attempts if attempt.outcome] if state else []
-    status = _status(folder, state, is_local=config.cluster.executor == "local")
-    return RunStatus(
-        run=folder.label,
-        status=status,
-        step=last.get("step", 0),
-        max_steps=config.trainer.max_steps,
-        loss=last.get("loss"),
-        val_psnr=validated.get("val_psnr"),
-        clips_per_s=last.get("clips_per_s"),
-        attempts=len(state.attempts) if state else 0,
-        last_outcome=ended[-1].outcome if ended else None,
-        message=ended[-1].message if ended else None,
-        goodput=state.goodput.share if state else None,
-        seconds=state.goodput if state else None,
-        stragglers=_stragglers(folder, state) if state and status == Status.RUNNING else (),
-    )
+    return state.attempts[-1].job_id if state and state.attempts else None
 
 
 def cancel(folder: RunFolder) -> str:
-    """Ask a local run's supervisor to stop for good; its ranks save before they leave.
+    """End a run for good; its ranks save before they leave.
+
+    The mark is there before anything is signalled, so that the supervisor knows who asked and never requeues.
 
     Returns:
         What happens now, for the user.
+
+    Raises:
+        ConfigError: if SLURM refuses.
     """
     status = run_status(folder)
     if status.is_over or status.status == "unsupervised":
         return "not running"
     folder.cancel_mark.touch()
+    read = _read(folder)
+    if isinstance(read, _Read) and read.job is not None:  # the supervisor's process id is another machine's
+        cancel_jobs([read.job] if read.job else [])
+        return "will not start" if status.status == "pending" else "asked to save and stop"
     state = RunState.read(folder.state)
     if status.status in ("pending", "starting") or state is None or state.pid is None:
         return "will not start"
@@ -153,28 +165,80 @@ def find_runs(name: str, root: Path) -> list[RunFolder]:
     return found
 
 
-def _status(folder: RunFolder, state: RunState | None, *, is_local: bool) -> str:
+class _Read(NamedTuple):
+    """What a run's own folder says."""
+
+    folder: RunFolder
+    config: RunConfig
+    state: RunState | None
+    job: str | None
+    """SLURM's id; none where the run is a process of this machine."""
+
+
+def _read(folder: RunFolder) -> "_Read | RunStatus":
+    try:
+        config = read_run_config(folder.config)
+    except ConfigError as error:
+        return _unreadable(folder, str(error))
+    job = newest_job(folder) if config.cluster.executor == "slurm" else None
+    return _Read(folder, config, RunState.read(folder.state), job)
+
+
+def _told(read: _Read, job: JobStatus | None) -> RunStatus:
+    folder, config, state, _ = read
+    last, validated = _last_metrics(folder.metrics)
+    ended = [attempt for attempt in state.attempts if attempt.outcome] if state else []
+    is_local = config.cluster.executor == "local"
+    status = _local_status(folder, state) if is_local else _slurm_status(folder, state, job)
+    return RunStatus(
+        run=folder.label,
+        status=status,
+        step=last.get("step", 0),
+        max_steps=config.trainer.max_steps,
+        loss=last.get("loss"),
+        val_psnr=validated.get("val_psnr"),
+        clips_per_s=last.get("clips_per_s"),
+        attempts=len(state.attempts) if state else 0,
+        last_outcome=ended[-1].outcome if ended else None,
+        message=ended[-1].message if ended else None,
+        goodput=state.goodput.share if state else None,
+        seconds=state.goodput if state else None,
+        stragglers=_stragglers(folder, state) if state and status == Status.RUNNING else (),
+        job=job,
+    )
+
+
+def _local_status(folder: RunFolder, state: RunState | None) -> str:
     has_supervisor = is_locked(folder.supervisor_lock)
     if not has_supervisor and folder.pending_mark.exists():
-        return "pending" if is_pending(folder, is_local=is_local) else "died"
+        return "pending" if is_pending(folder) else "died"
     if state is None:
         return "starting" if has_supervisor else "unsupervised"
-    if is_local and state.status in (Status.RUNNING, Status.WAITING) and not has_supervisor:
+    if state.status in (Status.RUNNING, Status.WAITING) and not has_supervisor:
         return "died"
     return state.status
 
 
-def is_pending(folder: RunFolder, *, is_local: bool) -> bool:
-    """Whether the run's job is sent and has not started yet."""
+def _slurm_status(folder: RunFolder, state: RunState | None, job: JobStatus | None) -> str:
+    """The queue knows whether the run's job lives, also between two starts; another node's lock may be out of sight."""
+    is_new = folder.pending_mark.exists()  # the newest job's supervisor has not started yet
+    if job is None:
+        return "pending" if is_new else state.status if state else "unsupervised"
+    if job.is_over:
+        if not is_new and state and state.status in (Status.FINISHED, Status.FAILED, Status.CANCELLED):
+            return state.status
+        return Status.CANCELLED if folder.cancel_mark.exists() else "died"
+    if job.state == "PENDING":
+        return "pending"
+    return "starting" if is_new or state is None else state.status
+
+
+def is_pending(folder: RunFolder) -> bool:
+    """Whether a local run is sent and has not started yet."""
     if not folder.pending_mark.exists():
         return False
     job = folder.pending_mark.read_text()
-    if not job:
-        return True  # it is being sent at this moment
-    if is_local:
-        return is_alive(int(job))
-    queue = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
-    return bool(queue.stdout.strip())
+    return not job or is_alive(int(job))  # empty: it is being sent at this moment
 
 
 def _unreadable(folder: RunFolder, why: str) -> RunStatus:

@@ -18,7 +18,8 @@ from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.directives import directives
 from cosmos_hpc.launch.local import is_locked
 from cosmos_hpc.launch.provenance import provenance
-from cosmos_hpc.launch.status import is_pending
+from cosmos_hpc.launch.queue import JobStatus, job_statuses
+from cosmos_hpc.launch.status import is_pending, newest_job
 from cosmos_hpc.launch.step import CALLERS_GPUS
 
 MakeJob = Callable[[Path], Callable[[], None]]
@@ -46,7 +47,11 @@ class PlacedRun:
 def place(runs: Sequence[RunConfig], experiment: ExperimentFolder) -> list[PlacedRun]:
     """Give each run its folder and see what is left to do for it. Writes nothing."""
     folders = experiment.place(list(runs))
-    return [PlacedRun(run, folder, _action(run, folder)) for run, folder in zip(runs, folders, strict=True)]
+    jobs = job_statuses(job for folder in folders if (job := _slurm_job(folder)))
+    return [
+        PlacedRun(run, folder, _action(folder, jobs.get(_slurm_job(folder) or "")))
+        for run, folder in zip(runs, folders, strict=True)
+    ]
 
 
 def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
@@ -133,11 +138,19 @@ def _check_resume(run: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _action(run: RunConfig, folder: RunFolder) -> str:
+def _slurm_job(folder: RunFolder) -> str | None:
+    """The newest job of a run that was sent to SLURM; its settings may name another executor by now."""
+    job = newest_job(folder)
+    return job if job and read_run_config(folder.config).cluster.executor == "slurm" else None
+
+
+def _action(folder: RunFolder, job: JobStatus | None) -> str:
     state = RunState.read(folder.state)
+    if job is not None and not job.is_over:
+        return "skip: pending" if job.state == "PENDING" else "skip: running"
     if is_locked(folder.supervisor_lock):
         return "skip: running"
-    if is_pending(folder, is_local=run.cluster.executor == "local"):
+    if job is None and is_pending(folder):
         return "skip: pending"
     if state is not None and state.status == Status.FINISHED:
         return "skip: finished"

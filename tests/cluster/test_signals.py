@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from runs import job_id, outcomes, steps, story, submit, wait_for_end, wait_for_step
-from slurm_cluster import Flavor, SlurmCluster
+from runs import cosmos_hpc, job_id, outcomes, steps, story, submit, wait_for_end, wait_for_step
+from slurm_cluster import Flavor, SlurmCluster, wait_until
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import RunState
+from cosmos_hpc.launch.status import run_status
 
 pytestmark = pytest.mark.slurm
 
@@ -37,6 +38,43 @@ def test_a_preempted_run_leaves_by_itself_and_goes_on_where_it_was(slurm_cluster
     first = "time_limit" if slurm_cluster.flavor.preempts_by_user_signal else "preempted"
     assert outcomes(folder) == [first, "finished"], story(slurm_cluster, folder)
     assert steps(folder) == list(range(1, 61))
+    assert slurm_cluster.job(job_id(folder)).restarts == 1
+
+
+@ON_EACH_FLAVOR
+def test_a_cancelled_run_saves_and_never_comes_back(slurm_cluster, counting_job):
+    (folder,) = submit(counting_job, "cancelled")
+    wait_for_step(slurm_cluster, folder, 3)
+    assert "asked to save and stop" in cosmos_hpc("cancel", "cancelled")
+    wait_for_end(slurm_cluster, folder, "CANCELLED")
+    assert run_status(folder).status == "cancelled", story(slurm_cluster, folder)
+    assert outcomes(folder) == ["cancelled"], story(slurm_cluster, folder)
+    assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
+    assert slurm_cluster.job(job_id(folder)).restarts == 0
+
+
+def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster, counting_job, tmp_path):
+    high = slurm_cluster.sbatch(
+        "sleep 60", "--partition=high", "--nodes=4", "--exclusive", output=tmp_path / "high.out"
+    )
+    slurm_cluster.wait_for_state(high, "RUNNING")
+    (folder,) = submit(counting_job, "waiting")
+    assert (run_status(folder).status, run_status(folder).job.state) == ("pending", "PENDING")
+    assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting")
+    assert "will not start" in cosmos_hpc("cancel", "waiting")
+    wait_for_end(slurm_cluster, folder, "CANCELLED")
+    assert run_status(folder).status == "cancelled"
+    slurm_cluster.call("scancel", high)
+
+    submit(counting_job, "waiting")
+    wait_for_step(slurm_cluster, folder, 3)
+    assert run_status(folder).status == "running"
+    slurm_cluster.call("scontrol", "requeue", job_id(folder))  # by somebody else
+    wait_until(lambda: run_status(folder).status == "pending", "the queue", 30, lambda: run_status(folder))
+    assert not run_status(folder).is_over
+    assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting")
+    wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
+    assert run_status(folder).status == "finished", story(slurm_cluster, folder)
     assert slurm_cluster.job(job_id(folder)).restarts == 1
 
 
