@@ -171,12 +171,20 @@ def fetch(
 
 
 @app.command()
-def plan(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    script: Annotated[bool, typer.Option("--script", help="Print what sbatch would be given.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show the runs of an experiment file and what `submit` would do. Sends nothing."""
+    from cosmos_hpc.launch.submit import sbatch_scripts
     from cosmos_hpc.tables import plan_row, print_plan
 
-    runs, placed, _ = _placed(job, overrides)
-    if as_json:
+    runs, placed, experiment = _placed(job, overrides)
+    if script:
+        print("\n".join(sbatch_scripts(placed, experiment, _max_parallel(job, overrides))))
+    elif as_json:
         _print_json([plan_row(run, place) for run, place in zip(runs, placed, strict=True)])
     else:
         print_plan(runs, placed)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config, to_yaml
@@ -21,6 +22,9 @@ from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.queue import JobStatus, job_statuses
 from cosmos_hpc.launch.status import is_pending, newest_job
 from cosmos_hpc.launch.step import CALLERS_GPUS
+
+if TYPE_CHECKING:  # takes half a second
+    import submitit
 
 MakeJob = Callable[[Path], Callable[[], None]]
 """Turns a run folder into the callable that the scheduler runs."""
@@ -119,6 +123,26 @@ def submit(
     return ids
 
 
+def sbatch_scripts(placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None) -> list[str]:
+    """The text that `submit` would hand to sbatch, one for each array. Writes nothing.
+
+    Raises:
+        ConfigError: if nothing is left to send, or the runs are processes of this machine.
+    """
+    sent = [run for run in placed if run.is_sent]
+    if not sent:
+        raise ConfigError(f"{experiment.name} has nothing to send: see `cosmos-hpc status {experiment.name}`")
+    if sent[0].config.cluster.executor == "local":
+        raise ConfigError(f"{experiment.name} runs on this machine, without sbatch: name a profile, see slurm/*.yaml")
+    scripts = []
+    for array in _arrays(sent, max_parallel):
+        executor = _executor(array[0].config, experiment, max_parallel)._executor
+        if len(array) > 1:
+            executor.parameters["map_count"] = len(array)  # as submitit does for a batch
+        scripts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    return scripts
+
+
 def _arrays(sent: Sequence[PlacedRun], max_parallel: int | None) -> list[list[PlacedRun]]:
     """Runs that ask for the same of the scheduler, together."""
     groups: dict[str, list[PlacedRun]] = {}
@@ -162,18 +186,29 @@ def _send(
 ) -> list[str]:
     import submitit
 
-    is_local = run.cluster.executor == "local"
-    executor = submitit.AutoExecutor(folder=experiment.submitit, cluster=run.cluster.executor)
-    if is_local:
-        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN)
-    else:
-        executor.update_parameters(**directives(run, max_parallel))
+    executor = _executor(run, experiment, max_parallel)
+    shield = _shielded() if run.cluster.executor == "local" else contextlib.nullcontext()
     try:
-        with _shielded() if is_local else contextlib.nullcontext(), executor.batch():
+        with shield, executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except submitit.core.utils.FailedJobError as error:
         raise ConfigError(f"sbatch refused {run.name}: {' '.join(str(error).split())}") from None
     return [job.job_id for job in submitted]
+
+
+def _executor(run: RunConfig, experiment: ExperimentFolder, max_parallel: int | None) -> "submitit.AutoExecutor":
+    """Submitit with the options of a run; it makes no folder before it sends."""
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(folder=experiment.submitit, cluster=run.cluster.executor)
+    except RuntimeError as error:
+        raise ConfigError(f"cluster.executor is slurm, but {error} Set `cluster: local` for this machine") from None
+    if run.cluster.executor == "local":
+        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN)
+    else:
+        executor.update_parameters(**directives(run, max_parallel))
+    return executor
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 from runs import cosmos_hpc, job_id, outcomes, steps, story, submit, wait_for_end, wait_for_step
 from slurm_cluster import Flavor, SlurmCluster, wait_until
 
-from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.run_folder import RunFolder, runs_folder
 from cosmos_hpc.config.run_state import RunState
 from cosmos_hpc.launch.status import run_status
 
@@ -79,8 +79,12 @@ def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster
 
 
 def test_only_the_element_that_was_requeued_starts_again(slurm_cluster, counting_job):
-    counting_job.write_text(counting_job.read_text() + "sweep: {grid: {trainer.seed: [0, 1, 2]}}\n")
+    counting_job.write_text(counting_job.read_text() + "sweep: {grid: {trainer.seed: [0, 1, 2]}, max_parallel: 3}\n")
+    planned = cosmos_hpc("plan", counting_job, "name=array", "--script")
+    assert not (runs_folder() / "array").exists()
     folders = submit(counting_job, "array")
+    assert {file.read_text() + "\n" for file in folders[0].experiment.submitit.glob("*.sh")} == {planned}
+    assert "#SBATCH --array=0-2%3" in planned
     last = folders[-1]  # its raw id is the array's
     wait_for_step(slurm_cluster, last, 3)
     slurm_cluster.call("scancel", "--signal=USR2", job_id(last))
