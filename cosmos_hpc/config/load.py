@@ -1,5 +1,6 @@
 """YAML files and dotted overrides to typed settings; every refusal names the key, the place and the mend."""
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -23,6 +24,9 @@ _NOT_WRITTEN = object()
 
 _FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Five times as fast where PyYAML was built with libyaml; good for files that `to_yaml` wrote."""
+
+_FAST_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""Several times as fast where PyYAML was built with libyaml; good for what `to_yaml` writes."""
 
 PROFILE_GROUPS = ("cluster", "container")
 """Groups that YAML may give by the name of a file."""
@@ -131,8 +135,7 @@ def _leaves(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_yaml(run: RunConfig) -> str:
     """All settings of a run as YAML that `read_run_config` reads back."""
-    container = OmegaConf.to_container(OmegaConf.structured(run))
-    return yaml.safe_dump(container, sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(run), Dumper=_FAST_DUMPER, sort_keys=False, allow_unicode=True)
 
 
 def find_shipped(name: str) -> Path | None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config, to_yaml
@@ -58,10 +58,15 @@ def place(runs: Sequence[RunConfig], experiment: ExperimentFolder) -> list[Place
     ]
 
 
-def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
+def lay_out(run: RunConfig, folder: RunFolder, start: dict[str, Any] | None = None) -> RunConfig:
     """Make the run folder with its settings and provenance, or bring an existing one up to date.
 
     The number of sample streams is fixed by the first start that saved something, so that a resume is the same run.
+
+    Args:
+        run: its settings.
+        folder: where it goes.
+        start: from `provenance`, which takes a while and is the same for all runs of a submission; none: taken now.
 
     Returns:
         The settings as written.
@@ -77,7 +82,7 @@ def lay_out(run: RunConfig, folder: RunFolder) -> RunConfig:
     fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
     write_atomically(folder.config, to_yaml(fixed))
     starts = json.loads(folder.provenance.read_text()) if folder.provenance.exists() else []
-    write_atomically(folder.provenance, json.dumps([*starts, provenance()], indent=1))
+    write_atomically(folder.provenance, json.dumps([*starts, start or provenance()], indent=1))
     return fixed
 
 
@@ -101,8 +106,9 @@ def submit(
     sent = [run for run in placed if run.is_sent]
     if not sent:
         return {}
+    start = provenance()
     for run in sent:
-        lay_out(run.config, run.folder)
+        lay_out(run.config, run.folder, start)
     write_atomically(experiment.max_parallel, str(max_parallel or 1))
     _note(experiment, {"time": time.time(), "runs": [run.folder.label for run in sent]})
     ids: dict[str, str] = {}
