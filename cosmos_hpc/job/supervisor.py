@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from cosmos_hpc.job.attempt import Attempt, close_torn
 from cosmos_hpc.job.disk import NO_ROOM, has_room
 from cosmos_hpc.job.policy import Action, out_of_room, what_follows
 from cosmos_hpc.launch.local import locked, place_among
+from cosmos_hpc.launch.queue import requeue_own_job
 from cosmos_hpc.launch.step import slurm_job_id
 from cosmos_hpc.ranks import set_up_logging
 
@@ -183,10 +183,11 @@ class _Watch:
         return True
 
     def _requeue(self) -> None:
-        """Give the job back to the queue; SLURM ends this process in doing so."""
+        """Give the job back to the queue, unless somebody has ended or requeued it; SLURM ends this process then."""
         self._become(Status.WAITING)
-        subprocess.run(["scontrol", "requeue", slurm_job_id()], check=True)
-        time.sleep(600)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: end at once
+        if requeue_own_job(slurm_job_id()):
+            time.sleep(600)
 
 
 def _queued_at(folder: RunFolder, state: RunState) -> float:

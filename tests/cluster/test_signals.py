@@ -1,10 +1,12 @@
 """Who ends and who comes back, under every way to track processes; ranks are stand-ins that start at once."""
 
+import time
 from pathlib import Path
 
 import pytest
 from runs import cosmos_hpc, job_id, outcomes, steps, story, submit, wait_for_end, wait_for_step
 from slurm_cluster import Flavor, SlurmCluster, wait_until
+from slurm_files import CRED_EXPIRE_S
 
 from cosmos_hpc.config.run_folder import RunFolder, runs_folder
 from cosmos_hpc.config.run_state import RunState
@@ -51,6 +53,17 @@ def test_a_cancelled_run_saves_and_never_comes_back(slurm_cluster, counting_job)
     assert outcomes(folder) == ["cancelled"], story(slurm_cluster, folder)
     assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
     assert slurm_cluster.job(job_id(folder)).restarts == 0
+
+
+def test_a_run_that_somebody_ends_by_scancel_saves_and_never_comes_back(slurm_cluster, counting_job):
+    (folder,) = submit(counting_job, "ended")
+    wait_for_step(slurm_cluster, folder, 3)
+    slurm_cluster.call("scancel", job_id(folder))
+    wait_for_end(slurm_cluster, folder, "CANCELLED")
+    time.sleep(CRED_EXPIRE_S + 5)  # until then a requeued job may not start
+    assert (slurm_cluster.job(job_id(folder)).state, slurm_cluster.job(job_id(folder)).restarts) == ("CANCELLED", 0)
+    assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
+    assert run_status(folder).is_over
 
 
 def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster, counting_job, tmp_path):
