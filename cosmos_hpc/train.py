@@ -177,9 +177,16 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     optimizer = Optimizer(ddp, config.optim, groups)
     average = WeightAverage(module, config.optim.ema_decay) if config.optim.ema_decay else None
-    loader = TrainLoader(config.data, seed=config.trainer.seed, rank=rank.rank, world_size=rank.world_size)
+    quarantine = attempt.folder.quarantine
+    loader = TrainLoader(
+        config.data, seed=config.trainer.seed, rank=rank.rank, world_size=rank.world_size, quarantine=quarantine
+    )
     held_out = ValidationLoader(
-        config.data, rank=rank.rank, world_size=rank.world_size, limit_batches=config.trainer.limit_val_batches
+        config.data,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        limit_batches=config.trainer.limit_val_batches,
+        quarantine=quarantine,
     )
     checkpoints = CheckpointStore(attempt.folder, config, groups)
     validation = Validation(held_out, config.trainer, groups)

@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def quarantine(self) -> Path:
+        """One JSON line a video that can't be used: shard, key, fault and reason."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Holds one folder a checkpoint."""
         return self.path / "checkpoints"

@@ -107,12 +107,23 @@ class DataConfig:
     shuffle_buffer_size: int = 100
     """Encoded videos held per worker to draw from."""
 
+    decode_timeout_s: float = neutral(5.0)
+    """Seconds of the processor that decoding a clip may take; then its video is left out for the rest of the run."""
+
+    max_bad_share: float = neutral(0.5)
+    """Share of a rank's videos, and at least ten, that have to be unusable for the run to stop; 1: no limit."""
+
     def __post_init__(self) -> None:
         for name in ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is {value}, but must be at least 1")
         require(
             self.num_workers >= 0, f"data.num_workers is {self.num_workers}: set 0 (decode in the rank itself) or more"
+        )
+        require(self.decode_timeout_s > 0, f"data.decode_timeout_s is {self.decode_timeout_s}: set a number of seconds")
+        require(
+            0 <= self.max_bad_share <= 1,
+            f"data.max_bad_share is {self.max_bad_share}: set a share from 0 to 1",
         )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.data.bad_videos import SPOILT, USELESS, SkippedVideos
+from cosmos_hpc.data.clips import Fault
 from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
+from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.streams import BEGINNING, PositionedBatches, StreamPosition, furthest_behind, share
-from cosmos_hpc.data.task_encoder import USELESS, ClipTaskEncoder, SkippedVideos
+from cosmos_hpc.data.task_encoder import ClipTaskEncoder
 from cosmos_hpc.data.workers import WorkerContext
 
 
@@ -83,7 +87,9 @@ class LoaderState:
 class TrainLoader:
     """Training clips of one rank, without end; every pass over the dataset in another order."""
 
-    def __init__(self, data: DataConfig, *, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, data: DataConfig, *, seed: int, rank: int, world_size: int, quarantine: Path | None = None
+    ) -> None:
         """Open the dataset; workers start with the first batch.
 
         Args:
@@ -91,6 +97,7 @@ class TrainLoader:
             seed: Of the order, the clips' starts and the crops.
             rank: This process among those that share the data.
             world_size: Number of them.
+            quarantine: File of the run that gets a JSON line for each video that can't be used.
 
         Raises:
             ConfigError: if the dataset can't be read, or has fewer training samples than streams.
@@ -110,7 +117,8 @@ class TrainLoader:
         )
         self._rank, self._world_size = rank, world_size
         self._path = path
-        self._skipped = SkippedVideos()
+        self._skipped = SkippedVideos(quarantine, data.max_bad_share)
+        self._clip_decoder = ClipDecoder(data.decode_timeout_s)
         worker_config = WorkerConfig(
             rank=rank,
             world_size=world_size,
@@ -118,6 +126,7 @@ class TrainLoader:
             seed_offset=seed,
             global_error_handler=self._skipped.on_error,
         )
+        task_encoder = _task_encoder(data, seed, self._clip_decoder, self._skipped)
         dataset = get_train_dataset(
             path,
             worker_config=worker_config,
@@ -125,8 +134,9 @@ class TrainLoader:
             batch_drop_last=True,
             shuffle_buffer_size=data.shuffle_buffer_size,
             max_samples_per_sequence=None,
-            task_encoder=_task_encoder(data, self._skipped, seed),
+            task_encoder=task_encoder,
         )
+        self._skipped.expect(task_encoder.num_videos, num_streams=max(1, num_workers))
         self._dataset = PositionedBatches(dataset, worker_config=worker_config)
         self._loader = _open(self._dataset, seed)
         self._streams = [BEGINNING] * max(1, num_workers)
@@ -151,9 +161,9 @@ class TrainLoader:
             yield batch.clips
 
     @property
-    def num_skipped(self) -> int:
-        """Samples left out since the start because they could not be decoded or were too short."""
-        return self._skipped.count
+    def skipped(self) -> Counter[Fault]:
+        """Samples left out since the start, by what is wrong with them; repeats in later passes count."""
+        return self._skipped.counts
 
     def state(self) -> LoaderState:
         """The position behind the last clip that was taken out. Picklable; waits for no worker."""
@@ -186,6 +196,7 @@ class TrainLoader:
     def close(self) -> None:
         """End the workers. No clips can be taken afterwards."""
         _end_workers(self._loader)
+        self._clip_decoder.close()
         self._clips = iter(())
 
 
@@ -193,7 +204,14 @@ class ValidationLoader:
     """Clips of the split val for one rank: the same in every iteration, each sample at most once over all ranks."""
 
     def __init__(
-        self, data: DataConfig, *, rank: int, world_size: int, num_workers: int = 0, limit_batches: int | None = None
+        self,
+        data: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+        limit_batches: int | None = None,
+        quarantine: Path | None = None,
     ) -> None:
         """Check the dataset; it is opened by each iteration.
 
@@ -203,6 +221,7 @@ class ValidationLoader:
             world_size: Number of them.
             num_workers: Decoding processes; 0: decode in this one.
             limit_batches: Batches of this rank in one iteration; none: all.
+            quarantine: File of the run that gets a JSON line for each video that can't be used.
 
         Raises:
             ConfigError: if the dataset can't be read or its split val is empty.
@@ -210,7 +229,8 @@ class ValidationLoader:
         check_dataset(data.path, needed=("val",))
         self._data = data
         self._limit_batches = limit_batches
-        self._skipped = SkippedVideos()
+        self._skipped = SkippedVideos(quarantine, data.max_bad_share)
+        self._clip_decoder = ClipDecoder(data.decode_timeout_s)
         self._worker_config = WorkerConfig(
             rank=rank,
             world_size=world_size,
@@ -221,14 +241,16 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Tensor]:
         """Uint8 clips [B, 3, T, H, W]; the last batch may be smaller, and a rank without samples yields none."""
         path = Path(self._data.path)  # type: ignore[arg-type]  # checked in __init__
+        task_encoder = _task_encoder(self._data, None, self._clip_decoder, self._skipped)
         dataset = get_val_dataset(
             path,
             split_part="val",
             worker_config=self._worker_config,
             batch_size=self._data.micro_batch_size,
             limit=self._limit_batches,
-            task_encoder=_task_encoder(self._data, self._skipped, seed=None),
+            task_encoder=task_encoder,
         )
+        self._skipped.expect(task_encoder.num_videos, num_streams=max(1, self._worker_config.num_workers))
         loader = _open(dataset, seed=0)
         try:
             for batch in _usable(loader, path):
@@ -237,13 +259,17 @@ class ValidationLoader:
             _end_workers(loader)
 
     @property
-    def num_skipped(self) -> int:
-        """Samples left out so far, once for each iteration, because they could not be decoded or were too short."""
-        return self._skipped.count
+    def skipped(self) -> Counter[Fault]:
+        """Samples left out so far, once for each iteration, by what is wrong with them."""
+        return self._skipped.counts
 
 
-def _task_encoder(data: DataConfig, skipped: SkippedVideos, seed: int | None) -> ClipTaskEncoder:
-    return ClipTaskEncoder(num_frames=data.num_frames, crop_size=data.crop_size, seed=seed, skipped=skipped)
+def _task_encoder(
+    data: DataConfig, seed: int | None, clip_decoder: ClipDecoder, skipped: SkippedVideos
+) -> ClipTaskEncoder:
+    return ClipTaskEncoder(
+        num_frames=data.num_frames, crop_size=data.crop_size, seed=seed, clip_decoder=clip_decoder, skipped=skipped
+    )
 
 
 def _start_worker(first_stream: int, initialize: Callable[[int], None], worker_id: int) -> None:
@@ -268,11 +294,12 @@ def _open(dataset: Any, seed: int) -> BasicDataLoader:
 
 
 def _usable(loader: BasicDataLoader, path: Path) -> Iterator[Any]:
-    """Energon's batches; its error over a dataset in which nothing is usable becomes the user's."""
+    """Energon's batches; its error over a dataset that is not worth a run becomes the user's."""
     try:
         yield from loader
     except FatalSampleError as error:
-        sentences = re.findall(rf"{USELESS}.*", str(error))  # a worker's traceback quotes it, then Energon, at the end
+        # a worker's traceback quotes the sentence, then Energon, at the end
+        sentences = re.findall(rf"(?:{USELESS}|{SPOILT}).*", str(error))
         if not sentences:
             raise
         raise ConfigError(f"data.path is {path}, but holds {sentences[-1].rstrip('.')}") from error

@@ -16,8 +16,10 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import write_atomically
+from cosmos_hpc.data.bad_videos import SkippedVideos
 from cosmos_hpc.data.dataset_index import META_FOLDER, shard_counts, split_shards, split_sizes
-from cosmos_hpc.data.task_encoder import ClipTaskEncoder, SkippedVideos
+from cosmos_hpc.data.decoding import ClipDecoder
+from cosmos_hpc.data.task_encoder import ClipTaskEncoder
 
 SAMPLE_PART = re.compile(r"(?!__[^/]*__(?:$|/))(?P<key>(?:.*/|)[^.]+)[.][^/]*$")
 """A file that belongs to a sample, as Energon sees it: its key ends at the first dot of its name."""
@@ -231,7 +233,7 @@ def _index(root: Path, names: list[str], num_workers: int, told: _Told) -> None:
 
 def _load_one(root: Path, part: str) -> None:
     """Read one sample as training will, so that a dataset.yaml that doesn't fit is found now."""
-    skipped = SkippedVideos()
+    skipped, clip_decoder = SkippedVideos(), ClipDecoder(timeout_s=5.0)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = get_val_dataset(
@@ -240,7 +242,9 @@ def _load_one(root: Path, part: str) -> None:
                 worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=skipped.on_error),
                 batch_size=1,
                 limit=1,
-                task_encoder=ClipTaskEncoder(num_frames=1, crop_size=16, seed=None, skipped=skipped),
+                task_encoder=ClipTaskEncoder(
+                    num_frames=1, crop_size=16, seed=None, clip_decoder=clip_decoder, skipped=skipped
+                ),
             )
             loader = get_loader(dataset, watchdog_timeout_seconds=None)
             loader.pin_memory = False  # on a machine without a GPU, torch would warn
@@ -250,5 +254,7 @@ def _load_one(root: Path, part: str) -> None:
         raise ConfigError(
             f"{root / META_FOLDER / 'dataset.yaml'} doesn't fit its shards ({reason}): remove it and prepare again"
         ) from error
+    finally:
+        clip_decoder.close()
     if batch is None:
         raise ConfigError(f"{root}: no sample of the split {part} can be read: its shards must hold mp4 files")

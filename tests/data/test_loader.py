@@ -1,8 +1,6 @@
 """The loader repeats itself, sees every video, and outlives bad ones and signals to the rank."""
 
-import logging
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -15,6 +13,7 @@ import pytest
 import torch
 import yaml
 from batches import equal, take
+from processes import children_of, gone
 from small_videos import NUM_FRAMES, NUM_TRAIN, NUM_VAL, film, pictures, start_of, video_of
 
 from cosmos_hpc.config.errors import ConfigError
@@ -136,80 +135,7 @@ def test_real_films_are_read(data_config, train_loader, videos, tmp_path):
     assert all(clip.float().std() > 10 for clip in clips)
 
 
-# bad data
-
-
-@pytest.fixture(scope="module")
-def damaged(videos, tmp_path_factory) -> Path:
-    """Four good videos, an empty one, one that is none, one whose end is missing, and one of five frames."""
-    tmp_path = tmp_path_factory.mktemp("damaged")
-    good = [(f"{number}.mp4", (videos / "train" / f"{number:02d}.mp4").read_bytes()) for number in range(4)]
-    write_mp4(tmp_path / "brief.mp4", pictures(9, num_frames=5), fps=25)
-    bad = [
-        ("empty.mp4", b""),
-        ("zeros.mp4", bytes(700)),
-        ("torn.mp4", good[0][1][: len(good[0][1]) // 2]),
-        ("brief.mp4", (tmp_path / "brief.mp4").read_bytes()),
-    ]
-    write_tar(tmp_path / "dataset/train/a.tar", good + bad)
-    write_tar(tmp_path / "dataset/val/a.tar", [(f"val-{name}", raw) for name, raw in good[:2] + bad])
-    prepare(tmp_path / "dataset", num_workers=1)
-    return tmp_path / "dataset"
-
-
-def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
-    from webdataset import TarWriter
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = TarWriter(str(path), encoder=False)
-    for name, raw in files:
-        writer.write({"__key__": name.removesuffix(".mp4"), "mp4": raw})
-    writer.close()
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unusable_videos_are_skipped_counted_and_each_named_once(
-    data_config, train_loader, damaged, num_workers, caplog, capfd
-):
-    loader = train_loader(data_config(path=str(damaged), num_workers=num_workers))
-    with caplog.at_level(logging.WARNING, "cosmos_hpc"):
-        clips = torch.cat(take(loader, 12))
-    assert {video_of(clip) for clip in clips} == {0, 1, 2, 3}
-    assert loader.num_skipped >= 8
-    if num_workers:  # a worker logs to the same stream, but not into this process's list
-        return
-    named = Counter(record.getMessage().split(":")[0].removeprefix("skipped ") for record in caplog.records)
-    assert named == {f"train/a.tar/{name}": 1 for name in ("empty", "zeros", "torn", "brief")}
-    reasons = " ".join(record.getMessage() for record in caplog.records)
-    assert "the file is empty" in reasons
-    assert "it has 5 frames, 9 are needed" in reasons
-    assert capfd.readouterr().out == ""
-
-
-def test_unusable_videos_do_not_spoil_the_resume(data_config, train_loader, damaged):
-    config = data_config(path=str(damaged), num_workers=1)
-    unbroken = take(train_loader(config), 12)
-    loader = train_loader(config)
-    pieces = take(loader, 5)
-    resumed = train_loader(config)
-    resumed.restore([pickle.loads(pickle.dumps(loader.state()))])
-    assert equal(pieces + take(resumed, 7), unbroken)
-
-
-def test_validation_goes_past_unusable_videos(data_config, damaged):
-    loader = ValidationLoader(data_config(path=str(damaged)), rank=0, world_size=1)
-    assert [video_of(clip) for batch in loader for clip in batch] == [0, 1]
-    assert loader.num_skipped == 4
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_dataset_of_useless_videos_ends_the_run_in_one_line(data_config, train_loader, num_workers):
-    loader = train_loader(data_config(num_frames=33, num_workers=num_workers))
-    with pytest.raises(ConfigError) as error:
-        take(loader, 1)
-    assert "\n" not in str(error.value)
-    assert "holds no usable video among 100 in a row, train/shard-" in str(error.value)
-    assert str(error.value).endswith("it has 20 frames, 33 are needed")
+# streams
 
 
 @pytest.mark.parametrize(
@@ -296,14 +222,11 @@ def test_blend_of_datasets_is_read(data_config, train_loader, dataset, videos, t
 # workers
 
 
-def workers_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 SIGNALLED_RANK = """
 import os, signal, sys, time
 from itertools import islice
 from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.data.clips import Fault
 from cosmos_hpc.data.loader import TrainLoader
 
 caught = []
@@ -333,22 +256,13 @@ def start_signalled_rank(dataset: Path, then: str) -> tuple[subprocess.Popen, li
         start_new_session=True,
     )
     assert rank.stdout.readline() == "ready\n"
-    workers = workers_of(rank.pid)
+    workers = children_of(rank.pid)
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         os.killpg(rank.pid, number)
         assert rank.stdout.readline() == f"caught {rank.pid}\n"  # the rank, and no worker
     assert rank.stdout.readline() == "went on\n"
     return rank, workers
-
-
-def gone(pids: list[int], within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_signals_to_the_whole_group_reach_the_rank_alone_which_ends_its_workers(dataset):
@@ -366,9 +280,9 @@ def test_workers_die_with_a_killed_rank(dataset):
 
 def test_close_ends_the_workers_soon(data_config, train_loader):
     loader = train_loader(data_config(num_workers=2))
-    before = set(workers_of(os.getpid()))
+    before = set(children_of(os.getpid()))
     take(loader, 1)
-    workers = set(workers_of(os.getpid())) - before
+    workers = set(children_of(os.getpid())) - before
     assert len(workers) == 2
     started = time.monotonic()
     loader.close()

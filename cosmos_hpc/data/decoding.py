@@ -1,0 +1,278 @@
+"""Decoding where it can do no harm: in a child process that is killed when it hangs and replaced when it dies."""
+
+import ctypes
+import gc
+import mmap
+import os
+import signal
+import time
+import weakref
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from cosmos_hpc.data.clips import Fault, UndecodableError, decode_chosen_clip
+from cosmos_hpc.data.workers import PR_SET_PDEATHSIG, SIGNALS_TO_THE_RANK, give_memory_back
+
+IDLE_SHARE = 0.05
+"""Of the time limit: a decoder that had less of the processor than this while it passed is not at work."""
+
+
+class Request(NamedTuple):
+    """What a child is asked for; the video's bytes lie in the memory that both share."""
+
+    num_bytes: int
+    """Of the video."""
+
+    num_frames: int
+    """T."""
+
+    crop_size: int
+    """H and W."""
+
+    seed: int | None
+    """Of the start and the crop; none: the middle."""
+
+    @property
+    def clip_bytes(self) -> int:
+        """Of the uint8 clip."""
+        return 3 * self.num_frames * self.crop_size**2
+
+
+class ClipDecoder:
+    """Clips out of encoded videos, through a child process of the one that asks first."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """The child starts with the first clip.
+
+        Args:
+            timeout_s: Seconds of the processor that a clip may take. A decoder that sleeps is given as long by the
+                clock; one that only waits for a busy processor is left to it.
+        """
+        self._timeout_s = timeout_s
+        self._child: _Child | None = None
+
+    def clip(self, raw: bytes, num_frames: int, crop_size: int, seed: int | None) -> Tensor:
+        """Decode one clip.
+
+        Args:
+            raw: A video file's bytes.
+            num_frames: T.
+            crop_size: H and W of the square that is cut out.
+            seed: Of the start and the square's place; none: the middle of the video and of the picture.
+
+        Returns:
+            uint8 [3, T, crop_size, crop_size].
+
+        Raises:
+            UndecodableError: if the video can't be decoded, is too short, or hangs or kills the decoder.
+        """
+        request = Request(len(raw), num_frames, crop_size, seed)
+        try:
+            return self._ask(raw, request)
+        except EOFError:  # the child died: of the video, or of something that a second one is spared
+            try:
+                return self._ask(raw, request)
+            except EOFError:
+                raise UndecodableError("the decoder crashed twice", Fault.CRASHING) from None
+
+    def close(self) -> None:
+        """End the child; a further clip starts another."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+    def _ask(self, raw: bytes, request: Request) -> Tensor:
+        if self._child is None or self._child.parent != os.getpid():  # a forked process needs one of its own
+            self._child = _Child()
+        child = self._child
+        try:
+            error = child.answer(raw, request, self._timeout_s)
+        except EOFError:
+            self.close()
+            raise
+        except TimeoutError:
+            self.close()
+            reason = f"the decoder took more than {self._timeout_s:g} s"
+            raise UndecodableError(reason, Fault.HANGING) from None
+        if error is not None:
+            raise error
+        shape = (3, request.num_frames, request.crop_size, request.crop_size)
+        return child.output[: request.clip_bytes].view(shape).clone()
+
+
+class _Child:
+    """A decoding process and the memory shared with it."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+        self._input = os.memfd_create("video", os.MFD_CLOEXEC)
+        self._output = os.memfd_create("clip", os.MFD_CLOEXEC)
+        self.output = torch.empty(0, dtype=torch.uint8)
+        self._connection, childs_end = Pipe()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_THE_RANK)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._connection.close()
+                self._serve(childs_end)
+            finally:
+                os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        childs_end.close()
+        self.end = weakref.finalize(self, _end, self.parent, self._pid, self._connection, (self._input, self._output))
+
+    def answer(self, raw: bytes, request: Request, timeout_s: float) -> UndecodableError | None:
+        """Have the clip put into `output`.
+
+        Raises:
+            EOFError: if the child is dead.
+            TimeoutError: if it hangs.
+        """
+        if not raw:
+            return UndecodableError("the file is empty")
+        os.ftruncate(self._input, len(raw))
+        written = 0
+        while written < len(raw):
+            written += os.pwrite(self._input, memoryview(raw)[written:], written)
+        if len(self.output) < request.clip_bytes:
+            os.ftruncate(self._output, request.clip_bytes)
+            self.output = _mapped(self._output, request.clip_bytes)
+        try:
+            self._connection.send(request)
+            self._wait(timeout_s)
+            return self._connection.recv()
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise EOFError from error
+
+    def _wait(self, timeout_s: float) -> None:
+        """Until there is an answer.
+
+        Raises:
+            TimeoutError: if the child has used up its time, or sleeps.
+        """
+        first = before = _processor_s(self._pid)
+        asked = time.monotonic()
+        while not self._connection.poll(timeout_s):
+            now, used = time.monotonic(), _processor_s(self._pid)
+            was_stopped = now - asked > 2 * timeout_s  # with its parent: it had no chance
+            sleeps = used - before < IDLE_SHARE * timeout_s and not _is_runnable(self._pid)
+            if not was_stopped and (used - first >= timeout_s or sleeps):
+                raise TimeoutError
+            asked, before = now, used
+
+    def _serve(self, connection: Connection) -> None:
+        """In the child: answer until the parent is gone."""
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.parent:
+            return
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS_TO_THE_RANK:
+            signal.signal(number, signal.SIG_IGN)
+        give_memory_back()
+        gc.enable()
+        gc.freeze()
+        torch.set_num_threads(1)  # a pool of threads doesn't outlive a fork
+        output = torch.empty(0, dtype=torch.uint8)
+        while True:
+            try:
+                request = connection.recv()
+            except EOFError:
+                return
+            if len(output) < request.clip_bytes:
+                output = _mapped(self._output, request.clip_bytes)
+            try:
+                clip = cut_clip(f"/proc/self/fd/{self._input}", request)
+                output[: request.clip_bytes].view(clip.shape).copy_(clip)
+                connection.send(None)
+            except UndecodableError as error:
+                connection.send(error)
+            except Exception as error:  # reaches the user as the reason
+                connection.send(UndecodableError(f"{type(error).__name__}: {error}"))
+
+
+def cut_clip(path: str, request: Request) -> Tensor:
+    """Decode and crop in this process.
+
+    Args:
+        path: The video.
+        request: Which clip.
+
+    Returns:
+        uint8 [3, T, H, W], a view.
+
+    Raises:
+        UndecodableError: if the video can't be decoded or is too short.
+    """
+    draw = None if request.seed is None else torch.Generator().manual_seed(request.seed)
+    frames = decode_chosen_clip(path, request.num_frames, lambda last: _choose(last, draw))
+    return crop(torch.from_numpy(frames).permute(3, 0, 1, 2), request.crop_size, draw)
+
+
+def crop(frames: Tensor, size: int, draw: torch.Generator | None) -> Tensor:
+    """A square of the picture, at a random place or in its middle.
+
+    A picture with a side shorter than the square is enlarged until it fits.
+
+    Args:
+        frames: uint8 [3, T, H, W].
+        size: Height and width of the square in pixels.
+        draw: Random numbers; none: the middle.
+
+    Returns:
+        uint8 [3, T, size, size], a view.
+    """
+    shorter = min(frames.shape[-2:])
+    if shorter < size:
+        target = [max(size, round(side * size / shorter)) for side in frames.shape[-2:]]
+        frames = interpolate(frames.contiguous(), size=target, mode="bilinear", antialias=True)
+    top = _choose(frames.shape[-2] - size, draw)
+    left = _choose(frames.shape[-1] - size, draw)
+    return frames[..., top : top + size, left : left + size]
+
+
+def _choose(last: int, draw: torch.Generator | None) -> int:
+    """A whole number from 0 to `last`, both included: drawn, or the middle."""
+    return last // 2 if draw is None else int(torch.randint(last + 1, (), generator=draw))
+
+
+def _mapped(descriptor: int, num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
+
+
+def _processor_s(pid: int) -> float:
+    """Processor seconds that a process has had, all threads together; 0 where it is gone."""
+    try:
+        fields = _fields(Path(f"/proc/{pid}/stat"))
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _is_runnable(pid: int) -> bool:
+    """True if a thread of the process works, or would if it had a processor."""
+    try:
+        return any(_fields(path)[0] in "RD" for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    except OSError:
+        return False
+
+
+def _fields(stat: Path) -> list[str]:
+    """What a process's or thread's line says from its state on: proc(5)."""
+    return stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+
+
+def _end(parent: int, pid: int, connection: Connection, descriptors: tuple[int, ...]) -> None:
+    connection.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if parent == os.getpid():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
