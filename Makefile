@@ -1,6 +1,8 @@
 # make quickstart   the whole journey on this machine, on real clips
 # make test         the tests, except those on a SLURM cluster
 # make test-cluster those on a SLURM cluster of four nodes, which they bring up on this machine (root, Debian packages)
+# make test-faults  kills a run 25 times, wherever it can be hit, and compares it with the unbroken one (root)
+# make test-faults-all  the same, 200 times
 # make test-all     all tests
 # All set up a virtual environment first, where it is missing.
 
@@ -10,7 +12,7 @@ WHERE ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test test-cluster test-all check docs clean help
+.PHONY: quickstart test test-cluster test-faults test-faults-all test-all check docs clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -23,6 +25,12 @@ test: $(READY)
 
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m slurm tests/cluster
+
+test-faults: $(READY)
+	COSMOS_HPC_FAULTS=25 $(BIN)/python -m pytest -s tests/faults
+
+test-faults-all: $(READY)
+	COSMOS_HPC_FAULTS=200 $(BIN)/python -m pytest -s tests/faults
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""

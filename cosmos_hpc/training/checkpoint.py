@@ -217,7 +217,7 @@ class CheckpointStore:
             self._restore_ranks(state, source)
             state.consumed_samples = layout["consumed_samples"]
             state.skipped_in_a_row = layout["skipped_in_a_row"]
-        logger.info("loaded %s: step %d, %d clips consumed", source, state.step, state.consumed_samples)
+        logger.info("resumed from %s: step %d, %d clips consumed", source, state.step, state.consumed_samples)
         return layout
 
     def newest_good(self) -> tuple[Path, dict[str, Any]] | None:

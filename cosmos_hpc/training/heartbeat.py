@@ -76,8 +76,9 @@ class Heartbeat:
     def _account(self) -> None:
         """Charge the time since the last call to the phase."""
         now = time.monotonic()
-        name = {"first_step": "train", "leave": "save"}.get(self._phase, self._phase)
-        self._seconds[name] += now - self._entered
+        name = "train" if self._phase == "first_step" else self._phase
+        if name in self._seconds:  # leaving counts as nothing of these
+            self._seconds[name] += now - self._entered
         self._entered = now
 
     def _keep_writing(self) -> None:
