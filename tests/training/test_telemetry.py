@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -83,6 +84,8 @@ def test_heartbeat_tells_what_goes_on_and_where_time_went(folder):
     voice.resume_at(3, 0)
     voice.phase("train", 3)
     voice.note_step_times([0.5, 1.5], 3)
+    while not folder.heartbeat.exists():  # a thread writes it
+        time.sleep(0.01)
     before = json.loads(folder.heartbeat.read_text())
     voice.log(metrics(4, data_time_s=100.0))
     voice.phase("save", 4)
