@@ -4,7 +4,8 @@
 
 33 x 256 x 256 out of 10 s of 1280 x 720 H.264 with a key frame every 250 frames. Each measurement has a process of its
 own, they take turns, and within a round all cut the clips that the loader drew. "no child" is this loader as it would
-be if it decoded in its own process, where nothing could end a decoder that hangs.
+be if it decoded in its own process, where nothing could end a decoder that hangs. The peak is that of the process and
+of its child together, the pages that they share counted twice.
 """
 
 import argparse
