@@ -45,7 +45,8 @@ class Optimizer:
         # Torch's AdamW also where a container brings Transformer Engine's, whose saved state has another form.
         with cuda_calls_on(groups.device), mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True):
             self.megatron = megatron_optimizer.get_megatron_optimizer(settings, [ddp])
-        self._adam = self.megatron.chained_optimizers[0].optimizer
+        (self._inner,) = self.megatron.chained_optimizers
+        self._adam = self._inner.optimizer
         for group in self._adam.param_groups:
             group["fused"] = True
         # Also at a constant rate: the scheduler is what keeps decay off weights of one dimension.
@@ -97,7 +98,7 @@ class Optimizer:
             self._adam.grad_scale = self._adam.grad_scale.nan_to_num(nan=1.0, posinf=1.0)
         self._advance_schedule()
         with cuda_calls_on(self._groups.device):
-            self.megatron.step()
+            self._inner.step()  # the chain around it would read a norm on the host
         return norm, skipped
 
     def gradient_norm(self) -> Tensor:
@@ -148,11 +149,10 @@ class Optimizer:
         state = loaded["optimizer"]
         moments = state.pop("param_state", None)
         state.pop("param_state_sharding_type", None)
-        (megatron,) = self.megatron.chained_optimizers
-        megatron.load_state_dict(state)
+        self._inner.load_state_dict(state)
         if moments is not None:  # in one call, Megatron-Core 0.16.1 stumbles over the `step` of torch's AdamW
             steps = {weight: own.pop("step") for weight, own in self._adam.state.items()}
-            megatron.load_parameter_state_from_dp_reshardable(moments)
+            self._inner.load_parameter_state_from_dp_reshardable(moments)
             for weight, step in steps.items():
                 self._adam.state[weight]["step"] = step
         for own in self._adam.state.values():

@@ -38,7 +38,7 @@ def build(groups, **settings):
 
 def update(groups, ddp, optimizer, value: float) -> tuple[float, bool]:
     optimizer.zero_grad()
-    loss = ddp(torch.tensor([[value]])).sum()
+    loss = ddp(torch.tensor([[value]], device=groups.device)).sum()
     loss.backward()
     groups.finish_gradients(ddp)
     norm, skipped = optimizer.step(loss.detach())

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from forked_ranks import start_ranks
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.tokenizer import load_tokenizer, starting_tokenizer
+from cosmos_hpc.training.parallel import free_port
 
 MODEL = ModelConfig(channels=4)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.3, clip_grad=0.5, eps=1e-3)
@@ -47,9 +48,11 @@ def plain_torch() -> tuple[torch.nn.Module, list[float]]:
 
 
 def train_on_rank(index: int, world_size: int, num_microbatches: int, distributed: bool, port: int, out: Path) -> None:
+    from cosmos_hpc.training import parallel
     from cosmos_hpc.training.optimizer import Optimizer
     from cosmos_hpc.training.parallel import Groups
 
+    parallel.BUCKET_SIZE = 2000  # several buckets also in a small network
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     groups = Groups.start(Rank(index, index, world_size))
@@ -81,15 +84,10 @@ def train_on_rank(index: int, world_size: int, num_microbatches: int, distribute
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
 @pytest.mark.parametrize(("world_size", "num_microbatches"), [(1, 2), (2, 2), (4, 1)])
-def test_megatron_core_on_gloo_ranks_equals_a_plain_torch_loop(
-    tmp_path, monkeypatch, world_size, num_microbatches, distributed
-):
-    from cosmos_hpc.training import optimizer, parallel  # noqa: F401  # imported once, before the ranks are forked
-
-    monkeypatch.setattr(parallel, "BUCKET_SIZE", 2000)  # several buckets also in a small network
+def test_megatron_core_on_gloo_ranks_equals_a_plain_torch_loop(tmp_path, world_size, num_microbatches, distributed):
     out = tmp_path / "rank_0.pt"
-    arguments = (world_size, num_microbatches, distributed, parallel.free_port(), out)
-    mp.start_processes(train_on_rank, arguments, nprocs=world_size, start_method="fork")
+    arguments = (world_size, num_microbatches, distributed, free_port(), out)
+    start_ranks(train_on_rank, arguments, world_size)
     trained = torch.load(out, weights_only=True)
     expected, norms = plain_torch()
     assert trained["norms"] == pytest.approx(norms, rel=1e-4)
@@ -117,11 +115,13 @@ def test_outside_the_scope_nothing_of_torch_is_changed():
 
 def go_on_with_ranks(index: int, world_size: int, steps: range, config: RunConfig, port: int, folder: Path) -> None:
     from cosmos_hpc.data.loader import TrainLoader
+    from cosmos_hpc.training import parallel
     from cosmos_hpc.training.checkpoint import CheckpointStore
     from cosmos_hpc.training.loop import TrainState
     from cosmos_hpc.training.optimizer import Optimizer
     from cosmos_hpc.training.parallel import Groups
 
+    parallel.BUCKET_SIZE = 2000  # several buckets also in a small network
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     groups = Groups.start(Rank(index, index, world_size))
@@ -146,18 +146,14 @@ def go_on_with_ranks(index: int, world_size: int, steps: range, config: RunConfi
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
-def test_a_run_goes_on_exactly_with_more_and_with_fewer_ranks(tmp_path, monkeypatch, dataset, distributed):
-    from cosmos_hpc.data import loader  # noqa: F401  # imported once, before the ranks are forked
-    from cosmos_hpc.training import checkpoint, parallel  # noqa: F401
-
-    monkeypatch.setattr(parallel, "BUCKET_SIZE", 2000)
+def test_a_run_goes_on_exactly_with_more_and_with_fewer_ranks(tmp_path, dataset, distributed):
     config = RunConfig(
         data=DataConfig(path=str(dataset), num_frames=9, crop_size=16, num_streams=4, global_batch_size=4),
         optim=dataclasses.replace(OPTIM, use_distributed_optimizer=distributed),
     )
     for world_size, steps in ((2, range(2)), (4, range(2, 3)), (1, range(3, STEPS))):
-        arguments = (world_size, steps, config, parallel.free_port(), tmp_path)
-        mp.start_processes(go_on_with_ranks, arguments, nprocs=world_size, start_method="fork")
+        arguments = (world_size, steps, config, free_port(), tmp_path)
+        start_ranks(go_on_with_ranks, arguments, world_size)
     trained = load_tokenizer(RunFolder(tmp_path).checkpoint(STEPS)).state_dict()
     for name, weight in plain_torch()[0].state_dict().items():
         torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-6)

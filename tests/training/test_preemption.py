@@ -4,9 +4,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as mp
+from forked_ranks import start_ranks
 
 from cosmos_hpc.ranks import Rank
+from cosmos_hpc.training.parallel import free_port
 from cosmos_hpc.training.preemption import OUTCOMES, Outcome, StopRequest
 
 
@@ -73,9 +74,7 @@ def exchange_on_rank(index: int, port: int, out: Path) -> None:
 
 
 def test_ranks_leave_together_one_step_after_one_of_them_was_told(tmp_path):
-    from cosmos_hpc.training import agreement, parallel  # noqa: F401  # imported once, before the ranks are forked
-
-    mp.start_processes(exchange_on_rank, (parallel.free_port(), tmp_path), nprocs=2, start_method="fork")
+    start_ranks(exchange_on_rank, (free_port(), tmp_path), 2)
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
     assert first == second
     assert first == [
