@@ -1,5 +1,6 @@
 """A checkpoint is written while training goes on: a forked process holds the state as it was and puts it on disk."""
 
+import atexit
 import multiprocessing
 import os
 import queue
@@ -49,6 +50,7 @@ class BackgroundWrite:
             target=_write, args=(request.async_fn, staged, extra, folder, rank, sender, os.getpid())
         )
         self._process.start()
+        atexit.register(self._process.kill)  # a rank that fails is not to wait for what it can't publish
         sender.close()
         self._request = request
 
@@ -65,6 +67,7 @@ class BackgroundWrite:
             self._process.join()
             self._written = Written(None, f"the process that writes checkpoints ended with {self._process.exitcode}")
         self._process.join()
+        atexit.unregister(self._process.kill)
         return self._written.error
 
     def finalize(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cosmos_hpc import __version__
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import RunFolder, read_json
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from cosmos_hpc.training.loop import TrainState
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "megatron-core", "megatron-energon")
+"""Whose versions a checkpoint tells."""
 
 FORMAT = 2
 """Raised whenever a checkpoint of this code can't be read by the code before."""
@@ -146,7 +150,7 @@ class CheckpointStore:
             "use_distributed_optimizer": self._config.optim.use_distributed_optimizer,
             "metrics_bytes": metrics_bytes,
             "wandb_id": wandb_id,
-            "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-energon", "cosmos-hpc")},
+            "versions": {"cosmos-hpc": __version__, **{name: version(name) for name in PACKAGES}},
             "settings": self._settings,
         }
 
