@@ -5,29 +5,43 @@ torchrun --nproc-per-node 2 benchmarks/checkpoint.py      # with more ranks
 
 Weights, their average and Adam's moments of a CV8x8x8 after one update. `stall`: seconds for which training stands
 still; `total`: until the checkpoint is whole on disk (this kit's is synced and has a SHA-256 of each file).
+With --restart, also the seconds from the start of the process to the first step after a resume (torchrun, imports,
+verification and data included), on films that the script makes.
 """
 
 import argparse
+import functools
+import json
+import multiprocessing
+import os
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import CheckpointConfig, ModelConfig, OptimConfig, RunConfig
+from cosmos_hpc.data.pack import pack
+from cosmos_hpc.data.prepare import prepare
+from cosmos_hpc.data.video_file import write_mp4
 from cosmos_hpc.ranks import current_rank
 from cosmos_hpc.tokenizer import starting_tokenizer
 from cosmos_hpc.training.checkpoint import CheckpointStore
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.loop import TrainState
-from cosmos_hpc.training.optimizer import SHARDING, Optimizer
+from cosmos_hpc.training.optimizer import Optimizer
 from cosmos_hpc.training.parallel import Groups, cuda_calls_on
 
 
@@ -52,6 +66,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=128, help="width of the network; 128 is the released one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder on the file system to measure; a temporary one if left out")
+    parser.add_argument("--restart", action="store_true", help="also time a resume, in processes of its own")
     arguments = parser.parse_args()
     groups = Groups.start(current_rank())
     root = Path(groups.from_first(str(arguments.out or tempfile.mkdtemp(prefix="checkpoints-"))))
@@ -60,6 +75,7 @@ def main() -> None:
     ways: dict[str, Callable[[Path], Cost]] = {
         "torch.save by rank 0": lambda path: _torch_save(state, groups, path),
         "Megatron-Core, synchronous": lambda path: _megatron(state, groups, path),
+        "Megatron-Core, asynchronous": lambda path: _megatron_asynchronous(state, groups, path),
         "this kit": lambda path: _kit(state, store, root),
     }
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
@@ -72,9 +88,12 @@ def main() -> None:
                 costs[name].append(cost)
     if groups.rank.is_first:
         _print(costs, groups)
+    groups.stop()
+    if groups.rank.is_first:
+        if arguments.restart:
+            _time_restart(root / "restart", arguments.channels)
         if arguments.out is None:
             shutil.rmtree(root)
-    groups.stop()
 
 
 def _state(channels: int, groups: Groups) -> tuple[TrainState, RunConfig]:
@@ -106,18 +125,54 @@ def _torch_save(state: TrainState, groups: Groups, path: Path) -> Cost:
 
 def _megatron(state: TrainState, groups: Groups, path: Path) -> Cost:
     from megatron.core import dist_checkpointing
-    from megatron.core.transformer.utils import sharded_state_dict_default
 
+    _make_folder(groups, path)
+    started = _now(groups)
+    with cuda_calls_on(groups.device):
+        dist_checkpointing.save(_parts(state), str(path))
+    return _cost(started, _now(groups), path)
+
+
+def _megatron_asynchronous(state: TrainState, groups: Groups, path: Path) -> Cost:
+    """As Megatron-Core's own training loop does it, with the queue that this kit replaces."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    _make_folder(groups, path)
+    calls = AsyncCallsQueue()
+    with cuda_calls_on(groups.device), mock.patch.object(filesystem_async, "_results_queue", _own_queue()):
+        started = _now(groups)
+        calls.schedule_async_request(dist_checkpointing.save(_parts(state), str(path), async_sharded_save=True))
+        stall_s = time.perf_counter() - started
+        while True:  # training would go on here
+            time.sleep(0.005)
+            finishing = time.perf_counter()
+            if calls.maybe_finalize_async_calls(blocking=False):
+                break
+        ended = time.perf_counter()
+    calls.close()
+    return _cost(started, ended, path)._replace(stall_s=stall_s + ended - finishing)
+
+
+@functools.cache
+def _own_queue() -> Any:
+    """Of the process that Megatron-Core starts once for the writers' accounts."""
+    return multiprocessing.get_context("spawn").Manager().Queue()
+
+
+def _make_folder(groups: Groups, path: Path) -> None:
     if groups.rank.is_first:
         path.mkdir(parents=True)
     groups.barrier()
-    started = _now(groups)
-    with cuda_calls_on(groups.device):
-        model = sharded_state_dict_default(state.module, prefix="model.")
-        average = sharded_state_dict_default(state.average.module, prefix="ema.")  # type: ignore[union-attr]
-        optimizer = state.optimizer.megatron.sharded_state_dict(model, metadata=dict(SHARDING))
-        dist_checkpointing.save({"model": model, "ema": average, "optimizer": optimizer}, str(path))
-    return _cost(started, _now(groups), path)
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    from megatron.core.transformer.utils import sharded_state_dict_default
+
+    model = sharded_state_dict_default(state.module, prefix="model.")
+    average = sharded_state_dict_default(state.average.module, prefix="ema.")  # type: ignore[union-attr]
+    return {"model": model, "ema": average, **state.optimizer.sharded_state(model, is_loading=False)}
 
 
 def _kit(state: TrainState, store: CheckpointStore, root: Path) -> Cost:
@@ -148,6 +203,42 @@ def _cost(started: float, ended: float, path: Path) -> Cost:
 def _mib(path: Path) -> float:
     files = [path] if path.is_file() else [file for file in path.glob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files) / 2**20
+
+
+def _time_restart(root: Path, channels: int) -> None:
+    """Train until a step is done, stop with SIGTERM, start again; each time by torchrun's own line."""
+    _make_dataset(root)
+    settings = [f"data.path={root}/shards", f"model.channels={channels}", "data.num_frames=17", "data.crop_size=128"]
+    settings += ["data.global_batch_size=1", "data.num_workers=1", "trainer.limit_val_batches=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "cosmos_hpc.train", *settings]
+    environment = {**os.environ, "COSMOS_HPC_RUNS": str(root / "runs")}
+    for name in ("fresh start", "resume", "resume"):
+        before, started = _num_steps(root), time.perf_counter()
+        with (root / "log").open("w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while _num_steps(root) == before:
+            if process.poll() is not None:
+                raise RuntimeError((root / "log").read_text())
+            time.sleep(0.02)
+        print(f"{name}: {time.perf_counter() - started:.1f} s from the start of torchrun to the first step's line")
+        (heartbeat,) = (root / "runs").glob("*/*/heartbeat.json")
+        os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGTERM)
+        process.wait()
+
+
+def _num_steps(root: Path) -> int:
+    return sum(path.read_text().count('"loss"') for path in (root / "runs").glob("*/*/metrics.jsonl"))
+
+
+def _make_dataset(root: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        (root / "videos" / split).mkdir(parents=True)
+        for index in range(count):
+            frames = generator.integers(0, 255, (20, 160, 160, 3), dtype=np.uint8)
+            write_mp4(root / "videos" / split / f"{split}{index}.mp4", list(frames), fps=24)
+        pack([root / "videos" / split], root / "shards" / split)
+    prepare(root / "shards", num_workers=1)
 
 
 def _print(costs: dict[str, list[Cost]], groups: Groups) -> None:

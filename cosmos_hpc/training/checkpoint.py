@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 import time
 from functools import partial
 from importlib.metadata import version
@@ -24,14 +25,12 @@ from cosmos_hpc.training.random_state import random_state, restore_random_state
 
 with lean_import():
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.serialization import (
-        get_default_load_sharded_strategy,
-        get_default_save_sharded_strategy,
-    )
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
         FullyParallelLoadStrategyWrapper,
         FullyParallelSaveStrategyWrapper,
     )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.msc_utils import MultiStorageClientFeature
     from megatron.core.transformer.utils import sharded_state_dict_default
 
@@ -66,12 +65,14 @@ class CheckpointStore:
         self._groups = groups
         self._begun = time.monotonic()
         self._write: BackgroundWrite | None = None
+        self._removal: threading.Thread | None = None
         self._target = Path()
         self._layout: dict[str, Any] = {}
         self.saved_step: int | None = None
         """Step of the newest published checkpoint."""
 
-        self._saver = get_default_save_sharded_strategy()
+        # What is where in a checkpoint is worked out for the first saves only: the state's tensors stay the same.
+        self._saver = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         if groups.rank.world_size > 1:  # each rank writes a share of what all hold
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             self._saver = FullyParallelSaveStrategyWrapper(self._saver, group, do_cache_distribution=True)
@@ -104,6 +105,7 @@ class CheckpointStore:
         """
         self.begin(state, metrics_bytes, wandb_id, may_fail=False)
         self.finish(may_fail=False)
+        self._wait_for_removal()
 
     def begin(self, state: "TrainState", metrics_bytes: int, wandb_id: str | None, *, may_fail: bool = True) -> None:
         """Take the state as it is now, and write it while training goes on, after the save before it. Collective.
@@ -178,7 +180,7 @@ class CheckpointStore:
         errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._groups.gather(write.wait())) if error]
         if errors:
             if self._groups.rank.is_first:
-                remove_unfinished(self._folder.checkpoints)
+                self._remove_unfinished()
             self._complain(f"{self._target} could not be written: {errors[0]}", may_fail=may_fail)
             return
         with cuda_calls_on(self._groups.device):
@@ -187,6 +189,8 @@ class CheckpointStore:
             unfinished = _unfinished(self._target)
             self._folder.checkpoint_layout(unfinished).write_text(json.dumps(self._layout, indent=1))
             publish(unfinished, self._target, self._config.checkpoint.keep)
+            self._removal = threading.Thread(target=remove_unfinished, args=[self._folder.checkpoints])
+            self._removal.start()
             logger.info("saved %s", self._target)
         self._groups.barrier()
         self.saved_step = self._layout["step"]
@@ -205,7 +209,7 @@ class CheckpointStore:
             ConfigError: if it has another format or can't serve these settings.
         """
         if self._groups.rank.is_first:
-            remove_unfinished(self._folder.checkpoints)
+            self._remove_unfinished()
         found = self.newest_good()
         if found is None:
             return None
@@ -277,6 +281,7 @@ class CheckpointStore:
     def _make_folder(self, unfinished: Path, state: "TrainState") -> str | None:
         """Make the folder of a save; why that can't be, or none. Weights, their average and two moments are to fit."""
         copies = 3 if state.average is None else 4
+        self._wait_for_removal()  # room that is being made counts, and the thread would take our folder as well
         needed = copies * 4 * sum(weight.numel() for weight in state.module.parameters()) + MARGIN_BYTES
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -286,8 +291,17 @@ class CheckpointStore:
             return str(error)
         if free >= needed:
             return None
-        remove_unfinished(self._folder.checkpoints)
+        self._remove_unfinished()
         return f"No space left on device, {free >> 20} MiB are free and it takes {needed >> 20} MiB"
+
+    def _remove_unfinished(self) -> None:
+        self._wait_for_removal()
+        remove_unfinished(self._folder.checkpoints)
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
     def _complain(self, message: str, *, may_fail: bool) -> None:
         if not may_fail:

@@ -28,7 +28,9 @@ def write_digests(folder: Path, rank: int, digests: dict[str, str]) -> None:
 
 
 def publish(unfinished: Path, target: Path, keep: int) -> None:
-    """Give a checkpoint its name, after every file is on disk with its digest; then drop the oldest beyond `keep`.
+    """Give a checkpoint its name, after every file is on disk with its digest; take theirs from those beyond `keep`.
+
+    What has no name any more is left to `remove_unfinished`: a file of a gigabyte can take a second to go.
 
     Args:
         unfinished: its folder until now, beside `target`.
@@ -50,7 +52,6 @@ def publish(unfinished: Path, target: Path, keep: int) -> None:
     fsync(target.parent)
     for old in sorted(target.parent.glob("step_????????"))[:-keep]:
         old.rename(old.with_name(f"{old.name}.partial"))  # a name means a whole checkpoint, on its way out as well
-    remove_unfinished(target.parent)
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:

@@ -113,11 +113,15 @@ def test_checkpoints_are_whole_and_pruned(folder, config, groups):
     torn.mkdir(parents=True)
     assert store.load_newest(state) is None
     assert not torn.exists(), "what a kill left stays for ever"
-    for _ in range(3):
+    for _ in range(4):
         take_a_step(state, groups)
         store.save(state, 0, None)
-    assert names(folder) == ["latest", "step_00000002", "step_00000003"]
-    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(3)
+    assert names(folder) == ["latest", "step_00000003", "step_00000004"]
+    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(4)
+    other, store = build(folder, config, groups)
+    store.load_newest(other)  # of a save that reused the plan of those before
+    read = everything(other)
+    assert all(value.equal(read[name]) for name, value in everything(state).items())
 
 
 @pytest.mark.parametrize(
