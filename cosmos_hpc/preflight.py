@@ -1,6 +1,7 @@
 """What is checked of a run's inputs before anything starts; light enough for a login node."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -30,19 +31,52 @@ def check_inputs(run: RunConfig) -> None:
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:
-    """The run with its starting weights as a path on this file system.
+    """The run with its starting weights and its loss networks as paths on this file system.
 
-    A repository's name becomes the folder that `cosmos-hpc fetch` filled: jobs download nothing, and the commit in the
-    folder's path is part of what names the run.
+    A repository's name becomes what `cosmos-hpc fetch` brought: jobs download nothing, and the commit in the path is
+    part of what names the run. Networks of terms whose weight is never above zero are not looked for.
 
     Raises:
         ConfigError: if there is neither such a path nor such a repository in the cache.
     """
-    weights = run.model.jit_ckpt_pth
-    if weights is None or Path(weights).exists():
-        return run
-    if Path(weights).is_absolute() or weights.startswith("."):
-        raise ConfigError(f"model.jit_ckpt_pth is {weights}, which does not exist: name a folder with autoencoder.jit")
+    loss, steps, weights = run.loss, run.trainer.max_steps, run.model.jit_ckpt_pth
+    if weights is not None and not Path(weights).exists():
+        _refuse_missing_path("model.jit_ckpt_pth", weights, "name a folder with autoencoder.jit")
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, jit_ckpt_pth=_cached(weights)))
+    if loss.looks_through_vgg(steps):
+        file = _network("loss.lpips.weights", loss.lpips.weights, "loss.lpips.weight=0 and loss.gram.weight=0")
+        loss = dataclasses.replace(loss, lpips=dataclasses.replace(loss.lpips, weights=file))
+    if loss.flow.is_used(steps):
+        file = _network("loss.flow.weights", str(loss.flow.weights), "loss.flow.weight=0")
+        loss = dataclasses.replace(loss, flow=dataclasses.replace(loss.flow, weights=file))
+    return run if loss == run.loss else dataclasses.replace(run, loss=loss)
+
+
+def _network(setting: str, name: str, other_mend: str) -> str:
+    """The file of a loss network, by its path or its repository's name."""
+    if Path(name).is_file():
+        return name
+    _refuse_missing_path(setting, name, f"name a file, or set {other_mend}")
+    try:
+        return _cached_network(name)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}; or set {other_mend}") from None
+
+
+def _refuse_missing_path(setting: str, name: str, mend: str) -> None:
+    if Path(name).is_absolute() or name.startswith("."):
+        raise ConfigError(f"{setting} is {name}, which does not exist: {mend}")
+
+
+@functools.cache  # a sweep asks for the same ones a thousand times
+def _cached(repository: str) -> str:
     from cosmos_hpc.launch.fetch import cached  # half a second of imports, which most plans don't need
 
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, jit_ckpt_pth=str(cached(weights))))
+    return str(cached(repository))
+
+
+@functools.cache
+def _cached_network(name: str) -> str:
+    from cosmos_hpc.launch.fetch import cached_network
+
+    return str(cached_network(name))

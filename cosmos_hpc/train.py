@@ -161,7 +161,7 @@ def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
 def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[TrainState, Run]":
     """Everything that the loop works with, in the order in which the parts need each other."""
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
-    from cosmos_hpc.tokenizer import starting_tokenizer
+    from cosmos_hpc.tokenizer import Losses, starting_tokenizer
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
     from cosmos_hpc.training.ema import WeightAverage
@@ -189,12 +189,13 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
         quarantine=quarantine,
     )
     checkpoints = CheckpointStore(attempt.folder, config, groups)
+    losses = Losses.build(config, groups.device)
     validation = Validation(held_out, config.trainer, groups)
     state = TrainState(module, ddp, optimizer, average, loader)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
     guard = NonFiniteGuard(config.trainer)
-    return state, Run(config, groups, checkpoints, validation, telemetry, Agreement(groups, stop), guard)
+    return state, Run(config, groups, checkpoints, losses, validation, telemetry, Agreement(groups, stop), guard)
 
 
 def _write_failure(folder: RunFolder, attempt: int, rank: Rank, error: Exception, step: int | None = None) -> None:

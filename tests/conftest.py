@@ -59,6 +59,7 @@ model: {{channels: 4}}
 data: {{path: {dataset}, num_frames: 9, crop_size: 32, micro_batch_size: 2, global_batch_size: 4, num_workers: 1}}
 trainer: {{max_steps: 24, devices: 2, precision: 32, val_check_interval: 12}}
 optim: {{lr: 1e-3, warmup_steps: 4}}
+loss: {{lpips: {{weight: 0}}}}
 checkpoint: {{every_n_steps: 10}}
 cluster: local
 """

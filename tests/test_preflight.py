@@ -2,11 +2,11 @@ import pytest
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.preflight import check_inputs, with_local_weights
+from cosmos_hpc.preflight import _cached_network, check_inputs, with_local_weights
 
 
 def run(weights: str):
-    return resolve(load_experiment(None, ["data.path=/x", f"model.jit_ckpt_pth={weights}"]), {})
+    return resolve(load_experiment(None, ["data.path=/x", f"model.jit_ckpt_pth={weights}", "loss.lpips.weight=0"]), {})
 
 
 def test_weights_on_this_file_system_are_kept_by_their_whole_path(tmp_path, monkeypatch):
@@ -19,6 +19,37 @@ def test_a_repository_that_was_not_fetched_is_refused_with_the_command(tmp_path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"run `cosmos-hpc fetch Cosmos-1\.0-Tokenizer-CV8x8x8` on the login node"):
         with_local_weights(run("Cosmos-1.0-Tokenizer-CV8x8x8"))
+
+
+@pytest.mark.parametrize("term", ["lpips", "gram", "flow"])
+def test_a_loss_network_that_was_not_fetched_is_refused_unless_its_weight_is_never_above_zero(
+    tmp_path, monkeypatch, term
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    off = ["loss.lpips.weight=0", "loss.gram.weight=0", "loss.flow.weight=0", "loss.flow.weights=acme/raft:large.pth"]
+    config = resolve(load_experiment(None, off), {})
+    assert with_local_weights(config) == config
+    with pytest.raises(ConfigError, match=rf"run `cosmos-hpc fetch` with --loss-networks .*loss\.{term}\.weight=0"):
+        with_local_weights(resolve(load_experiment(None, [*off, f"loss.{term}.weight=0.1"]), {}))
+
+
+def test_a_fetched_loss_network_becomes_a_path_and_a_missing_one_is_refused(tmp_path, monkeypatch):
+    cache = tmp_path / "models--timm--vgg16.tv_in1k"
+    file = cache / "snapshots" / "0123" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    _cached_network.cache_clear()
+    config = resolve(load_experiment(None, []), {})
+    assert with_local_weights(config).loss.lpips.weights == str(file)
+    (tmp_path / "own.pth").write_bytes(b"weights")
+    own = resolve(load_experiment(None, [f"loss.lpips.weights={tmp_path / 'own.pth'}"]), {})
+    assert with_local_weights(own) == own
+    with pytest.raises(ConfigError, match=r"loss\.lpips\.weights is /no/vgg\.pth, which does not exist: name a file"):
+        with_local_weights(resolve(load_experiment(None, ["loss.lpips.weights=/no/vgg.pth"]), {}))
+    _cached_network.cache_clear()
 
 
 @pytest.mark.parametrize("weights", ["/no/such/folder", "./weights"])

@@ -15,6 +15,7 @@ from cosmos_hpc.tokenizer.weights import export_jit
 
 SMALL = [
     "model.channels=4",
+    "loss.lpips.weight=0",
     "data.micro_batch_size=2",
     "data.global_batch_size=4",
     "data.num_frames=9",

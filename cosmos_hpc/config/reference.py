@@ -47,10 +47,12 @@ def _default(item: "dataclasses.Field[typing.Any]") -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """Field to the string below it."""
+    """Field to the string below it, in the class or in those that it builds on."""
+    parent = typing.cast(type, schema.__base__)
+    inherited = {} if parent is object else _meanings(parent)
     (definition,) = ast.parse(inspect.getsource(schema)).body
     body = typing.cast(ast.ClassDef, definition).body
-    return {
+    return inherited | {
         field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)

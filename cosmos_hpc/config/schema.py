@@ -9,33 +9,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.fields import expands, neutral, require
+from cosmos_hpc.config.loss_schema import LossConfig
 
 TOKENIZER_NAME = re.compile(r"(?:^|-)(?P<kind>CV|DV)(?P<temporal>[48])x(?P<spatial>8|16)x(?P=spatial)(?:-720p)?$")
-
-
-def neutral(default: Any) -> Any:
-    """A field that changes how a run is executed but not what comes out of it."""
-    return field(default=default, metadata={"identity": False})
-
-
-def expands(default: Any, **metadata: bool) -> Any:
-    """A path or name in which `$NAME`, `${NAME}` of the environment and `~` are expanded.
-
-    With `is_path=True`, a relative path is kept whole, as jobs start elsewhere; with `may_be_repository=True` only if
-    it exists, since the value may name a repository on Hugging Face.
-    """
-    return field(default=default, metadata={"expands": True, **metadata})
-
-
-def require(holds: bool, message: str) -> None:
-    """Refuse a value that can't work.
-
-    Raises:
-        ConfigError: with the message, if `holds` is false.
-    """
-    if not holds:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,25 +203,6 @@ class OptimConfig:
         for name in ("weight_decay", "warmup_steps", "clip_grad"):
             value = getattr(self, name)
             require(value >= 0, f"optim.{name} is {value}, but can't be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossTermConfig:
-    """One term of the loss."""
-
-    weight: float = 1.0
-    """Factor of this term in the sum."""
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, f"a loss weight is {self.weight}, but can't be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The terms that are summed."""
-
-    l1: LossTermConfig = field(default_factory=LossTermConfig)
-    """Mean absolute difference between clip and reconstruction, both in [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -476,6 +434,7 @@ class RunConfig:
         )
         self._check_clip_size()
         self._check_batch()
+        self._check_loss()
 
     @property
     def num_streams(self) -> int:
@@ -509,6 +468,43 @@ class RunConfig:
             streams is None or (streams >= 0 and streams % ranks == 0),
             f"data.num_streams is {streams}, but must divide evenly over {ranks} ranks: "
             f"set a multiple of {ranks}, or change trainer.devices and trainer.num_nodes",
+        )
+
+    def _check_loss(self) -> None:
+        loss, steps = self.loss, self.trainer.max_steps
+        require(
+            self.model.kind == "CV" or not loss.kl.is_used(steps),
+            f"loss.kl.weight is above 0, but {self.model.model} has no continuous latents: set it to 0",
+        )
+        require(
+            self.model.kind == "DV" or not loss.fsq_entropy.is_used(steps),
+            f"loss.fsq_entropy.weight is above 0, but {self.model.model} has no codes: set it to 0",
+        )
+        if loss.flow.is_used(steps):
+            require(loss.flow.weights is not None, "loss.flow.weight is above 0: name RAFT-large in loss.flow.weights")
+            require(self.data.num_frames > 1, "loss.flow.weight is above 0, but data.num_frames is 1: nothing moves")
+            crop = self.data.crop_size
+            require(
+                crop >= 256 and crop % 16 == 0,
+                f"data.crop_size is {crop}, but loss.flow sees half of it, and RAFT takes 128 pixels and more in "
+                "multiples of 8: set 256 or a larger multiple of 16",
+            )
+        if loss.consistency.is_used(steps):
+            self._check_windows()
+
+    def _check_windows(self) -> None:
+        frames, temporal, windows = self.data.num_frames, self.model.temporal_compression, self.loss.consistency
+        require(
+            windows.num_frames % temporal == 1 and windows.num_frames < frames,
+            f"loss.consistency.num_frames is {windows.num_frames}, but takes 1 + {temporal}k below data.num_frames "
+            f"= {frames}: set {', '.join(str(1 + k) for k in range(0, frames - 1, temporal))}",
+        )
+        require(
+            0 < windows.step < windows.num_frames
+            and windows.step % temporal == 0
+            and (frames - windows.num_frames) % windows.step == 0,
+            f"loss.consistency.step is {windows.step}, but windows of {windows.num_frames} frames have to overlap, "
+            f"cover all {frames} frames and lie multiples of {temporal} apart: set {temporal}",
         )
 
 

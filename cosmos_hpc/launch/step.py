@@ -146,7 +146,9 @@ def _srun(run: RunConfig) -> list[str]:
 def _mounts(run: RunConfig, folder: RunFolder) -> tuple[str, ...]:
     """The package, the run and its inputs, at the same paths inside as outside."""
     package = Path(cosmos_hpc.__file__).parents[1]
-    inputs = [Path(path) for path in (run.data.path, run.model.jit_ckpt_pth) if path is not None]
-    # A snapshot in the Hugging Face cache links to files two levels up.
-    whole = [path.parents[1] if path.parent.name == "snapshots" else path for path in inputs]
+    networks = run.loss.network_files(run.trainer.max_steps)
+    inputs = [Path(path) for path in (run.data.path, run.model.jit_ckpt_pth, *networks) if path is not None]
+    # A snapshot in the Hugging Face cache links to files of its repository's folder.
+    caches = [next((above.parent for above in path.parents if above.name == "snapshots"), path) for path in inputs]
+    whole = dict.fromkeys(caches)
     return tuple(f"{path}:{path}" for path in (package, folder.path, *whole))

@@ -5,7 +5,7 @@ from cosmos_hpc.tokenizer.continuous import Autoencoded, ContinuousTokenizer
 from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.inference import EncodedVideo, Tokenizer
 from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, latent_statistics, read_latent_statistics
-from cosmos_hpc.tokenizer.losses import LossTerms, reconstruction_loss
+from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.tokenizer.metrics import psnr
 from cosmos_hpc.tokenizer.starting import starting_tokenizer
 from cosmos_hpc.tokenizer.weights import check_form, export, export_jit, load_tokenizer, load_weights
@@ -16,7 +16,7 @@ __all__ = [
     "DiscreteTokenizer",
     "EncodedVideo",
     "LatentStatistics",
-    "LossTerms",
+    "Losses",
     "Tokenizer",
     "build_tokenizer",
     "check_form",
@@ -27,6 +27,5 @@ __all__ = [
     "load_weights",
     "psnr",
     "read_latent_statistics",
-    "reconstruction_loss",
     "starting_tokenizer",
 ]

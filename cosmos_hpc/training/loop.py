@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.data.loader import TrainLoader, to_unit_range
-from cosmos_hpc.tokenizer.losses import reconstruction_loss
+from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.training.agreement import Agreement
 from cosmos_hpc.training.checkpoint import CheckpointStore
 from cosmos_hpc.training.ema import WeightAverage
@@ -62,6 +62,7 @@ class Run:
     config: RunConfig
     groups: Groups
     checkpoints: CheckpointStore
+    losses: Losses
     validation: Validation
     telemetry: Telemetry
     agreement: Agreement
@@ -105,7 +106,8 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
     started, data_time_s = time.perf_counter(), 0.0
     data, device = run.config.data, run.groups.device
     num_microbatches = run.groups.num_microbatches(data)
-    sums = torch.zeros(2, device=device)
+    names = run.losses.names(state.step)
+    sums = torch.zeros(1 + len(names), device=device)
     state.optimizer.zero_grad()
     busy = Stopwatch(device)
     for index in range(num_microbatches):
@@ -115,10 +117,8 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
         is_last = index == num_microbatches - 1
         with nullcontext() if is_last else state.ddp.no_sync():
             with run.groups.autocast(run.config.trainer.precision):
-                reconstructions = state.ddp(clips).reconstructions
-            terms = reconstruction_loss(clips, reconstructions, run.config.loss)
-            (terms.total / num_microbatches).backward()
-        sums += torch.stack([terms.total.detach(), terms.l1.detach()])
+                outputs = state.ddp(run.losses.inputs(clips, state.step))
+            sums += run.losses.backward(clips, outputs, state.step, scale=1 / num_microbatches)
     busy.stop()
     run.groups.finish_gradients(state.ddp)
     losses = run.groups.total(sums) / (num_microbatches * run.groups.rank.world_size)
@@ -129,6 +129,7 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
         state.average.update(state.step, skipped)
     return QueuedStep(
         step=state.step,
+        terms=names,
         numbers=LateCopy(torch.cat([losses, torch.stack([grad_norm, skipped])])),
         busy=busy,
         started=started,

@@ -67,8 +67,11 @@ class QueuedStep:
     step: int
     """Updates done with it."""
 
+    terms: tuple[str, ...]
+    """Names of the loss terms of this step."""
+
     numbers: LateCopy
-    """Loss, L1, gradient norm, and 1.0 where the update was left out."""
+    """Loss, each of these terms, gradient norm, and 1.0 where the update was left out."""
 
     busy: Stopwatch
     """From the first clip to the last gradient of this rank."""
@@ -113,14 +116,14 @@ class StepQueue:
         """
         while len(self._steps) > (0 if everything else 1):
             step = self._steps.popleft()
-            loss, l1, grad_norm, skipped = step.numbers.read()
+            loss, *terms, grad_norm, skipped = step.numbers.read()
             self.busy_s = step.busy.seconds()
             ended = self._steps[0].started if self._steps else time.perf_counter()
             step_time_s = ended - step.started
             yield StepMetrics(
                 step=step.step,
                 loss=loss,
-                l1=l1,
+                **dict(zip(step.terms, terms, strict=True)),
                 lr=step.lr,
                 grad_norm=grad_norm,
                 step_time_s=step_time_s,

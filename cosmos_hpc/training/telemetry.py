@@ -45,6 +45,24 @@ class StepMetrics(NamedTuple):
     consumed_samples: int
     """Clips since step 0."""
 
+    lpips: float | None = None
+    """Difference of VGG16's features; like the terms below not weighted, and in steps where its weight is above 0."""
+
+    gram: float | None = None
+    """Difference of their Gram matrices."""
+
+    flow: float | None = None
+    """Difference of optical flow in pixels."""
+
+    consistency: float | None = None
+    """Difference of overlapping windows."""
+
+    kl: float | None = None
+    """Divergence of the latents in nats."""
+
+    fsq_entropy: float | None = None
+    """How unevenly the quantizer's levels are used."""
+
     skipped: bool = False
     """Whether the update was left out, as loss or gradient was not finite; written where it is true."""
 

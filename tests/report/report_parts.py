@@ -8,11 +8,10 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
+from cosmos_hpc.config.loss_schema import LossConfig, PerceptualConfig
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import (
     DataConfig,
-    LossConfig,
-    LossTermConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -51,7 +50,7 @@ def run_config(data_path: Path | str, **changes: Any) -> RunConfig:
         ),
         trainer=TrainerConfig(max_steps=40, precision="32", seed=changes.pop("seed", 3), limit_val_batches=8),
         optim=OptimConfig(**changes),
-        loss=LossConfig(l1=LossTermConfig(weight=1.0)),
+        loss=LossConfig(lpips=PerceptualConfig(weight=0.0)),
     )
 
 

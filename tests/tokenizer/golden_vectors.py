@@ -39,6 +39,15 @@ def set_recorded_weights(module: nn.Module, prefix: str = "") -> None:
         parameter.copy_(recorded_weight(prefix + name, parameter.shape))
 
 
+@torch.no_grad()
+def set_recorded_vgg_weights(network: nn.Module) -> None:
+    """The same for VGG16, by torchvision's names."""
+    for name, parameter in network.named_parameters():
+        noise = generator(name).standard_normal(tuple(parameter.shape))
+        gain = 0.05 if name.endswith(".bias") else np.sqrt(2 / np.prod(parameter.shape[1:]))
+        parameter.copy_(torch.from_numpy((gain * noise).astype(np.float32)))
+
+
 def recorded_clip(kind: str, shape: str) -> Tensor:
     """Float32 [B, 3, T, H, W] in [-1, 1] of a shape written as 1x3x9x64x64."""
     b, c, t, h, w = map(int, shape.split("x"))

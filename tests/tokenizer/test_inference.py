@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import LossConfig, ModelConfig
-from cosmos_hpc.tokenizer import Tokenizer, reconstruction_loss, starting_tokenizer
+from cosmos_hpc.config.schema import ModelConfig
+from cosmos_hpc.tokenizer import Tokenizer, starting_tokenizer
 from cosmos_hpc.tokenizer.inference import Window, windows
 from cosmos_hpc.tokenizer.tiles import spans
 
@@ -40,7 +40,7 @@ def trained():
     for step in range(30):
         clip = torch.from_numpy(moving_pattern(17, 24, 24, step)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         optimizer.zero_grad()
-        reconstruction_loss(clip, network(clip).reconstructions, LossConfig()).total.backward()
+        (network(clip).reconstructions - clip).abs().mean().backward()
         optimizer.step()
     return network
 
