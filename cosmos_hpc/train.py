@@ -175,7 +175,8 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     telemetry = Telemetry(attempt.folder, config, rank, attempt.number)
     module = starting_tokenizer(config.model, config.trainer.seed)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
-    optimizer = Optimizer(ddp, config.optim, groups)
+    falls = config.optim.lr_schedule != "constant"
+    optimizer = Optimizer(ddp, config.optim, groups, decay_steps=config.lr_decay_steps if falls else None)
     average = WeightAverage(module, config.optim.ema_decay) if config.optim.ema_decay else None
     quarantine = attempt.folder.quarantine
     loader = TrainLoader(

@@ -179,7 +179,16 @@ class OptimConfig:
     """Decoupled decay, on weights of two or more dimensions only."""
 
     warmup_steps: int = 200
-    """Steps over which the rate rises from 0 to lr; constant afterwards."""
+    """Steps over which the rate rises from 0 to lr."""
+
+    lr_schedule: str = "constant"
+    """What follows the warm-up: `constant`, or a fall to min_lr along a `cosine` or a `linear` ramp."""
+
+    min_lr: float = 0.0
+    """Where the rate falls to."""
+
+    decay_steps: int | None = None
+    """Step at which it is there, and stays; none: trainer.max_steps."""
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
@@ -200,6 +209,14 @@ class OptimConfig:
             f"optim.betas is {list(self.betas)}, but both must lie in [0, 1)",
         )
         require(self.eps > 0, f"optim.eps is {self.eps}, but must be above 0")
+        require(
+            self.lr_schedule in ("constant", "cosine", "linear"),
+            f"optim.lr_schedule is {self.lr_schedule!r}: set constant, cosine or linear",
+        )
+        require(
+            0 <= self.min_lr <= self.lr,
+            f"optim.min_lr is {self.min_lr}, but must lie between 0 and optim.lr={self.lr}",
+        )
         for name in ("weight_decay", "warmup_steps", "clip_grad"):
             value = getattr(self, name)
             require(value >= 0, f"optim.{name} is {value}, but can't be negative")
@@ -435,12 +452,23 @@ class RunConfig:
         self._check_clip_size()
         self._check_batch()
         self._check_loss()
+        optim = self.optim
+        require(
+            optim.lr_schedule == "constant" or self.lr_decay_steps > optim.warmup_steps,
+            f"optim.warmup_steps is {optim.warmup_steps}, but optim.lr_schedule {optim.lr_schedule} ends at step "
+            f"{self.lr_decay_steps} (optim.decay_steps, else trainer.max_steps): set fewer",
+        )
 
     @property
     def num_streams(self) -> int:
         """Sample streams over all ranks: `data.num_streams`, else what the first start fixes it to."""
         chosen = self.data.num_streams
         return self.data.num_workers * self.trainer.world_size if chosen is None else chosen
+
+    @property
+    def lr_decay_steps(self) -> int:
+        """Step at which the learning rate is at its least, where it falls."""
+        return self.trainer.max_steps if self.optim.decay_steps is None else self.optim.decay_steps
 
     def _check_clip_size(self) -> None:
         frames, temporal = self.data.num_frames, self.model.temporal_compression

@@ -26,7 +26,17 @@ class Optimizer:
     verdict stay on the device and are passed to torch's fused AdamW, which divides by the one and obeys the other.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, config: OptimConfig, groups: Groups) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, config: OptimConfig, groups: Groups, *, decay_steps: int | None = None
+    ) -> None:
+        """Update the weights of `ddp`.
+
+        Args:
+            ddp: network with reduced gradients.
+            config: settings.
+            groups: the ranks.
+            decay_steps: update at which the rate has fallen to `min_lr`; a constant rate needs none.
+        """
         self._ddp = ddp
         self._groups = groups
         self._clip_grad = config.clip_grad
@@ -34,7 +44,7 @@ class Optimizer:
         settings = megatron_optimizer.OptimizerConfig(
             optimizer="adam",
             lr=config.lr,
-            min_lr=0.0,
+            min_lr=config.min_lr,
             weight_decay=config.weight_decay,
             adam_beta1=config.betas[0],
             adam_beta2=config.betas[1],
@@ -54,10 +64,10 @@ class Optimizer:
             self.megatron,
             init_lr=0.0,
             max_lr=config.lr,
-            min_lr=0.0,
+            min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=config.warmup_steps + 1,
-            lr_decay_style="constant",
+            lr_decay_steps=decay_steps or config.warmup_steps + 1,
+            lr_decay_style=config.lr_schedule,
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,
             wd_incr_steps=0,
@@ -80,7 +90,8 @@ class Optimizer:
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights, unless loss or gradient is not finite; nothing waits for the device.
 
-        Update n (counted from 1, without those left out) of the warm-up runs at n / warmup_steps of the rate.
+        Update n (counted from 1, without those left out) of the warm-up runs at n / warmup_steps of the rate; a falling
+        rate is at its least in update `decay_steps`.
 
         Args:
             loss: of the global batch, the same on every rank; a scalar on the device.

@@ -27,13 +27,13 @@ class Line(torch.nn.Module):
         return values @ self.weight
 
 
-def build(groups, **settings):
+def build(groups, decay_steps=None, **settings):
     from cosmos_hpc.training.optimizer import Optimizer
 
     module = Line()
     config = OptimConfig(**{"lr": 0.1, "warmup_steps": 4, "weight_decay": 0.0, "clip_grad": 0.0} | settings)
     ddp = groups.wrap(module, use_distributed_optimizer=config.use_distributed_optimizer)
-    return module, ddp, Optimizer(ddp, config, groups)
+    return module, ddp, Optimizer(ddp, config, groups, decay_steps=decay_steps)
 
 
 def update(groups, ddp, optimizer, value: float) -> tuple[float, bool]:
@@ -71,6 +71,25 @@ def test_the_schedule_counts_only_updates_that_were_made(groups):
         rates.append(optimizer.lr / 0.1 * 4)
     # the host knows of a skipped update one update later, and the schedule takes it back in the one after that
     assert rates == pytest.approx([1, 2, 3, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        # half a cosine over four steps, from 1 to 0.2: 0.2 + 0.8 x (1 + cos(pi k / 4)) / 2
+        ("cosine", [0.5, 1, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2 + 0.4 * (1 - 0.5**0.5), 0.2, 0.2, 0.2]),
+        ("linear", [0.5, 1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2]),
+    ],
+)
+def test_after_the_warm_up_the_rate_stays_or_falls_to_its_least_at_the_last_step(groups, schedule, shares):
+    settings = {"lr": 0.1, "min_lr": 0.02, "warmup_steps": 2, "lr_schedule": schedule}
+    _, ddp, optimizer = build(groups, decay_steps=None if schedule == "constant" else 6, **settings)
+    rates = []
+    for _ in shares:
+        update(groups, ddp, optimizer, 2.0)
+        rates.append(optimizer.lr / 0.1)
+    assert rates == pytest.approx(shares)
 
 
 def test_large_gradients_are_clipped_to_the_norm_asked_for(groups):
