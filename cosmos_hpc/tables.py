@@ -48,7 +48,7 @@ def print_plan(runs: Sequence[PlannedRun], placed: Sequence[PlacedRun]) -> None:
 def print_status(rows: Sequence[RunStatus]) -> None:
     """One line a run: where it stands; below, why runs failed and which ranks are slow."""
     print_table(
-        ["run", "status", "step", "loss", "val PSNR", "clips/s", "goodput", "attempts", "last outcome"],
+        ["run", "status", "step", "loss", "val PSNR", "of average", "clips/s", "goodput", "attempts", "last outcome"],
         [
             [
                 row.run,
@@ -56,6 +56,7 @@ def print_status(rows: Sequence[RunStatus]) -> None:
                 f"{row.step}/{row.max_steps}",
                 "" if row.loss is None else f"{row.loss:.4f}",
                 "" if row.val_psnr is None else f"{row.val_psnr:.2f} dB",
+                "" if row.val_psnr_ema is None else f"{row.val_psnr_ema:.2f} dB",
                 "" if row.clips_per_s is None else f"{row.clips_per_s:.2f}",
                 "" if row.goodput is None else f"{row.goodput:.0%}",
                 str(row.attempts),

@@ -191,7 +191,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     )
     checkpoints = CheckpointStore(attempt.folder, config, groups)
     losses = Losses.build(config, groups.device)
-    validation = Validation(held_out, config.trainer, groups)
+    validation = Validation(held_out, config.trainer, groups, eye=losses.eye)
     state = TrainState(module, ddp, optimizer, average, loader)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])

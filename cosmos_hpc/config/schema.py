@@ -235,6 +235,10 @@ class CheckpointConfig:
     keep: int = 3
     """Checkpoints kept, newest first."""
 
+    best_by: str | None = "val_psnr"
+    """Validation score whose best checkpoint is kept beside these, saved at its step: val_psnr, val_ssim or val_lpips,
+    with _ema for that of the averaged weights; none keeps no such one."""
+
     def __post_init__(self) -> None:
         require(self.every_n_minutes > 0, f"checkpoint.every_n_minutes is {self.every_n_minutes}, but must be above 0")
         require(
@@ -242,6 +246,11 @@ class CheckpointConfig:
             f"checkpoint.every_n_steps is {self.every_n_steps}, but must be at least 1",
         )
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}, but must be at least 1")
+        scores = [f"val_{name}{kind}" for kind in ("", "_ema") for name in ("psnr", "ssim", "lpips")]
+        require(
+            self.best_by is None or self.best_by in scores,
+            f"checkpoint.best_by is {self.best_by!r}: set {', '.join(scores)} or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +461,15 @@ class RunConfig:
         self._check_clip_size()
         self._check_batch()
         self._check_loss()
-        optim = self.optim
+        optim, best_by = self.optim, self.checkpoint.best_by or ""
+        require(
+            optim.ema_decay > 0 or not best_by.endswith("_ema"),
+            f"checkpoint.best_by is {best_by}, but optim.ema_decay is 0: there is no average to validate",
+        )
+        require(
+            self.loss.looks_through_vgg(self.trainer.max_steps) or "lpips" not in best_by,
+            f"checkpoint.best_by is {best_by}, but loss.lpips.weight is 0: without VGG16 there is no such score",
+        )
         require(
             optim.lr_schedule == "constant" or self.lr_decay_steps > optim.warmup_steps,
             f"optim.warmup_steps is {optim.warmup_steps}, but optim.lr_schedule {optim.lr_schedule} ends at step "

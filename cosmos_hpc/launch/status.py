@@ -59,6 +59,9 @@ class RunStatus:
     val_psnr: float | None
     """Of the last validation, in dB."""
 
+    val_psnr_ema: float | None
+    """The same of the averaged weights."""
+
     clips_per_s: float | None
     """Of the last step, over all ranks."""
 
@@ -197,6 +200,7 @@ def _told(read: _Read, job: JobStatus | None) -> RunStatus:
         max_steps=config.trainer.max_steps,
         loss=last.get("loss"),
         val_psnr=validated.get("val_psnr"),
+        val_psnr_ema=validated.get("val_psnr_ema"),
         clips_per_s=last.get("clips_per_s"),
         attempts=len(state.attempts) if state else 0,
         last_outcome=ended[-1].outcome if ended else None,
@@ -252,6 +256,7 @@ def _unreadable(folder: RunFolder, why: str) -> RunStatus:
         max_steps=0,
         loss=None,
         val_psnr=None,
+        val_psnr_ema=None,
         clips_per_s=None,
         attempts=0,
         last_outcome=None,

@@ -6,7 +6,7 @@ from cosmos_hpc.tokenizer.discrete import DiscreteTokenizer
 from cosmos_hpc.tokenizer.inference import EncodedVideo, Tokenizer
 from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, latent_statistics, read_latent_statistics
 from cosmos_hpc.tokenizer.losses import Losses
-from cosmos_hpc.tokenizer.metrics import psnr
+from cosmos_hpc.tokenizer.metrics import psnr, ssim
 from cosmos_hpc.tokenizer.starting import starting_tokenizer
 from cosmos_hpc.tokenizer.weights import check_form, export, export_jit, load_tokenizer, load_weights
 
@@ -27,5 +27,6 @@ __all__ = [
     "load_weights",
     "psnr",
     "read_latent_statistics",
+    "ssim",
     "starting_tokenizer",
 ]

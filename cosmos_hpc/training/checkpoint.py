@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import RunFolder, read_json
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.training.background_write import BackgroundWrite, use_plain_queue
-from cosmos_hpc.training.checkpoint_files import damage, publish, remove_unfinished, set_aside
+from cosmos_hpc.training.checkpoint_files import BestBy, damage, publish, remove_unfinished, set_aside
 from cosmos_hpc.training.lean_import import lean_import
 from cosmos_hpc.training.parallel import Groups, cuda_calls_on
 from cosmos_hpc.training.random_state import random_state, restore_random_state
@@ -36,6 +37,7 @@ with lean_import():
 
 if TYPE_CHECKING:
     from cosmos_hpc.training.loop import TrainState
+    from cosmos_hpc.training.telemetry import ValidationScores
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,10 @@ class CheckpointStore:
         self._removal: threading.Thread | None = None
         self._target = Path()
         self._layout: dict[str, Any] = {}
+        self._best_by = BestBy(config.checkpoint.best_by)
+        self._best = -math.inf
+        self._scores: tuple[int, dict[str, float]] = (0, {})
+        self._is_best = False
         self.saved_step: int | None = None
         """Step of the newest published checkpoint."""
 
@@ -96,6 +102,17 @@ class CheckpointStore:
         """After every `every_n_steps` steps and after the last one."""
         steps = self._config.checkpoint.every_n_steps
         return step == self._config.trainer.max_steps or (steps is not None and step % steps == 0)
+
+    def note(self, step: int, scores: "ValidationScores") -> None:
+        """Take down the scores of a step, for its checkpoint; all ranks have the same."""
+        self._scores = step, scores.written()
+        worth = self._best_by.worth(self._scores[1])
+        self._is_best = worth is not None and worth > self._best
+        self._best = worth if self._is_best and worth is not None else self._best
+
+    def is_best(self, step: int) -> bool:
+        """Whether the validation of this step was the best so far by `best_by`."""
+        return self._is_best and self._scores[0] == step
 
     def save(self, state: "TrainState", metrics_bytes: int, wandb_id: str | None) -> None:
         """Write and publish before anything goes on, as a run does that leaves. Collective.
@@ -151,6 +168,7 @@ class CheckpointStore:
             "world_size": self._groups.rank.world_size,
             "use_distributed_optimizer": self._config.optim.use_distributed_optimizer,
             "metrics_bytes": metrics_bytes,
+            "scores": self._scores[1] if self._scores[0] == state.step else {},
             "wandb_id": wandb_id,
             "versions": {"cosmos-hpc": __version__, **{name: version(name) for name in PACKAGES}},
             "settings": self._settings,
@@ -188,7 +206,7 @@ class CheckpointStore:
         if self._groups.rank.is_first:
             unfinished = _unfinished(self._target)
             self._folder.checkpoint_layout(unfinished).write_text(json.dumps(self._layout, indent=1))
-            publish(unfinished, self._target, self._config.checkpoint.keep)
+            publish(unfinished, self._target, self._config.checkpoint.keep, self._best_by)
             self._removal = threading.Thread(target=remove_unfinished, args=[self._folder.checkpoints])
             self._removal.start()
             logger.info("saved %s", self._target)
@@ -210,6 +228,8 @@ class CheckpointStore:
         """
         if self._groups.rank.is_first:
             self._remove_unfinished()
+        best = self._groups.from_first(self._best_by.best(self._folder.checkpoints))
+        self._best = -math.inf if best is None else best[1]
         found = self.newest_good()
         if found is None:
             return None

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 
 from cosmos_hpc.config.run_folder import read_json
@@ -27,7 +30,33 @@ def write_digests(folder: Path, rank: int, digests: dict[str, str]) -> None:
     (folder / f".digests_{rank:05d}.json").write_text(json.dumps(digests))
 
 
-def publish(unfinished: Path, target: Path, keep: int) -> None:
+class BestBy:
+    """Compares checkpoints by a validation score that their checkpoint.json holds."""
+
+    def __init__(self, metric: str | None) -> None:
+        """Compare by a score of metrics.jsonl; none: no checkpoint is better than another."""
+        self.metric = metric
+
+    def worth(self, scores: Mapping[str, float]) -> float | None:
+        """The score, the higher the better; none where there is none."""
+        value = scores.get(self.metric or "", math.nan)
+        if not math.isfinite(value):
+            return None
+        return -value if "lpips" in str(self.metric) else value
+
+    def best(self, checkpoints: Path) -> tuple[Path, float] | None:
+        """The best whole checkpoint in that folder and its worth; the earliest of equals."""
+        found = [(path, self._worth_of(path)) for path in sorted(checkpoints.glob("step_????????"))]
+        return max(((path, worth) for path, worth in found if worth is not None), key=itemgetter(1), default=None)
+
+    def _worth_of(self, checkpoint: Path) -> float | None:
+        try:
+            return self.worth(read_json(checkpoint / "checkpoint.json").get("scores", {}))
+        except ValueError:
+            return None
+
+
+def publish(unfinished: Path, target: Path, keep: int, best_by: BestBy) -> None:
     """Give a checkpoint its name, after every file is on disk with its digest; take theirs from those beyond `keep`.
 
     What has no name any more is left to `remove_unfinished`: a file of a gigabyte can take a second to go.
@@ -36,6 +65,7 @@ def publish(unfinished: Path, target: Path, keep: int) -> None:
         unfinished: its folder until now, beside `target`.
         target: its name; a folder of that name is replaced.
         keep: checkpoints left, newest first.
+        best_by: the best one by this is left as well.
     """
     known: dict[str, str] = {}
     for part in unfinished.glob(".digests_*.json"):
@@ -48,10 +78,14 @@ def publish(unfinished: Path, target: Path, keep: int) -> None:
     if target.exists():
         target.rename(target.with_name(f"{target.name}.partial.replaced"))
     unfinished.rename(target)
-    _point_at(target)
+    _point_at(target, "latest")
+    best = best_by.best(target.parent)
+    if best is not None:
+        _point_at(best[0], "best")
     fsync(target.parent)
     for old in sorted(target.parent.glob("step_????????"))[:-keep]:
-        old.rename(old.with_name(f"{old.name}.partial"))  # a name means a whole checkpoint, on its way out as well
+        if best is None or old != best[0]:
+            old.rename(old.with_name(f"{old.name}.partial"))  # a name means a whole checkpoint, on its way out as well
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -100,9 +134,9 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point_at(target: Path) -> None:
-    """Let checkpoints/latest name the newest checkpoint, for people and other programs."""
-    pointer = target.with_name(".latest.partial")
+def _point_at(target: Path, name: str) -> None:
+    """Let checkpoints/latest and checkpoints/best name their checkpoint, for people and other programs."""
+    pointer = target.with_name(f".{name}.partial")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(target.name)
-    pointer.replace(target.with_name("latest"))
+    pointer.replace(target.with_name(name))

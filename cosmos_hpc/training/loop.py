@@ -20,7 +20,7 @@ from cosmos_hpc.training.parallel import DistributedDataParallel, Groups
 from cosmos_hpc.training.preemption import Outcome
 from cosmos_hpc.training.queued_steps import LateCopy, QueuedStep, StepQueue, Stopwatch
 from cosmos_hpc.training.recovery import NonFiniteGuard, Verdict
-from cosmos_hpc.training.telemetry import Telemetry
+from cosmos_hpc.training.telemetry import Telemetry, ValidationScores
 from cosmos_hpc.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def train(state: TrainState, run: Run) -> Outcome:
         if _settle(state, run, queue, everything=saves or validates, validates=validates) is Verdict.ROLL_BACK:
             _roll_back(state, run, queue)
             continue
+        saves = saves or checkpoints.is_best(state.step)
         if leaves or (saves and not state.skipped_in_a_row):  # a roll-back is to find weights from before the trouble
             _save(state, run, leaves=leaves)
         if agreed.stop is not None and state.step < max_steps:
@@ -147,19 +148,21 @@ def _settle(state: TrainState, run: Run, queue: StepQueue, *, everything: bool, 
         state.optimizer.learn(metrics.skipped)
         verdict = run.guard.judge(state, metrics)
         if validates and metrics.step == state.step and verdict is Verdict.GO_ON:
-            psnr, seconds = _validate(state, run)
-            metrics = metrics._replace(val_psnr=psnr, validation_time_s=seconds)
+            scores, seconds = _validate(state, run)
+            metrics = metrics._replace(validation=scores, validation_time_s=seconds)
+            run.checkpoints.note(state.step, scores)
         run.telemetry.log(metrics)
         if verdict is Verdict.ROLL_BACK:
             break
     return verdict
 
 
-def _validate(state: TrainState, run: Run) -> tuple[float, float]:
-    """Mean PSNR of the validation clips in dB, and the seconds that it took."""
+def _validate(state: TrainState, run: Run) -> tuple[ValidationScores, float]:
+    """Scores of the weights and, once they differ, of their average; and the seconds that it took."""
     started = time.perf_counter()
     run.telemetry.phase("validate", state.step)
-    return run.validation.run(state.module, run.telemetry.tick), time.perf_counter() - started
+    average = state.average.module if state.average is not None and state.step > 0 else None
+    return run.validation.run(state.module, run.telemetry.tick, average), time.perf_counter() - started
 
 
 def _save(state: TrainState, run: Run, *, leaves: bool) -> None:

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,10 +121,11 @@ class StepQueue:
             self.busy_s = step.busy.seconds()
             ended = self._steps[0].started if self._steps else time.perf_counter()
             step_time_s = ended - step.started
+            named: dict[str, Any] = dict(zip(step.terms, terms, strict=True))
             yield StepMetrics(
                 step=step.step,
                 loss=loss,
-                **dict(zip(step.terms, terms, strict=True)),
+                **named,
                 lr=step.lr,
                 grad_norm=grad_norm,
                 step_time_s=step_time_s,

@@ -15,6 +15,37 @@ from cosmos_hpc.training.heartbeat import Heartbeat
 logger = logging.getLogger(__name__)
 
 
+class ValidationScores(NamedTuple):
+    """How good the reconstructions of unseen clips are, by the names in metrics.jsonl; means over clips."""
+
+    val_psnr: float
+    """Peak signal-to-noise ratio in dB."""
+
+    val_ssim: float | None = None
+    """Structural similarity."""
+
+    val_lpips: float | None = None
+    """Difference of VGG16's features; where the loss has them."""
+
+    val_psnr_ema: float | None = None
+    """PSNR of the averaged weights, where there is an average."""
+
+    val_ssim_ema: float | None = None
+    """Structural similarity of the averaged weights."""
+
+    val_lpips_ema: float | None = None
+    """Difference of VGG16's features of the averaged weights."""
+
+    def written(self) -> dict[str, float]:
+        """Those that there are, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def told(self) -> str:
+        """PSNR, as log lines say it."""
+        average = "" if self.val_psnr_ema is None else f", of the average {self.val_psnr_ema:.2f} dB"
+        return f"validation PSNR {self.val_psnr:.2f} dB{average}"
+
+
 class StepMetrics(NamedTuple):
     """One line of metrics.jsonl."""
 
@@ -69,8 +100,8 @@ class StepMetrics(NamedTuple):
     save_time_s: float | None = None
     """Seconds that training stood still for a checkpoint before this step."""
 
-    val_psnr: float | None = None
-    """Mean PSNR of the validation clips in dB; on steps with a validation."""
+    validation: ValidationScores | None = None
+    """On steps with a validation; each score stands in the line by its own name."""
 
     validation_time_s: float | None = None
     """Seconds that the validation after this step took."""
@@ -133,23 +164,25 @@ class Telemetry:
         """Where this attempt began, what it saved, and where its time went, on rank 0."""
         return {} if self._heartbeat is None else self._heartbeat.facts(saved_step)
 
-    def log_start(self, val_psnr: float) -> None:
+    def log_start(self, scores: ValidationScores) -> None:
         """Note how good the network is before step 1."""
         if self._is_first:
-            logger.info("before step 1: validation PSNR %.2f dB", val_psnr)
-            self._write({"step": 0, "val_psnr": val_psnr})
+            logger.info("before step 1: %s", scores.told())
+            self._write({"step": 0, **scores.written()})
 
     def log(self, metrics: StepMetrics) -> None:
         """Note one step."""
         if self._heartbeat is None:
             return
         self._heartbeat.note_wait(metrics.data_time_s)
-        line = {name: value for name, value in metrics._asdict().items() if value is not None and value is not False}
-        self._write({name: value for name, value in line.items() if math.isfinite(value)})  # JSON knows no NaN
+        scores = {} if metrics.validation is None else metrics.validation.written()
+        line = {**metrics._replace(validation=None)._asdict(), **scores}
+        known = {name: value for name, value in line.items() if value is not None and value is not False}
+        self._write({name: value for name, value in known.items() if math.isfinite(value)})  # JSON knows no NaN
         if metrics.skipped:
             logger.warning("step %d: loss or gradient is not finite, the update is left out", metrics.step)
         is_last = metrics.step == self._config.trainer.max_steps
-        if metrics.step % self._config.trainer.log_every_n_steps == 0 or is_last or metrics.val_psnr is not None:
+        if metrics.step % self._config.trainer.log_every_n_steps == 0 or is_last or metrics.validation is not None:
             logger.info("%s", _step_line(metrics, self._config.trainer.max_steps))
 
     def close(self) -> None:
@@ -181,7 +214,7 @@ class Telemetry:
 
 def _step_line(metrics: StepMetrics, max_steps: int) -> str:
     wait = 100 * metrics.data_time_s / metrics.step_time_s
-    validation = "" if metrics.val_psnr is None else f", validation PSNR {metrics.val_psnr:.2f} dB"
+    validation = "" if metrics.validation is None else f", {metrics.validation.told()}"
     left_min = (max_steps - metrics.step) * metrics.step_time_s / 60
     return (
         f"step {metrics.step}/{max_steps}: loss {metrics.loss:.4f}, grad norm {metrics.grad_norm:.3f}, "

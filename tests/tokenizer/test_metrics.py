@@ -1,4 +1,4 @@
-"""PSNR, against hand arithmetic and torchmetrics."""
+"""PSNR and SSIM, against hand arithmetic, torchmetrics and the formula."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from cosmos_hpc.tokenizer import psnr
+from cosmos_hpc.tokenizer import psnr, ssim
 
 
 def test_psnr_of_a_constant_error_is_worked_out_by_hand():
@@ -28,6 +28,21 @@ def test_psnr_clamps_what_a_screen_can_not_show():
     assert psnr(clips, clips + 3).item() == 100
     assert psnr(clips, clips * -7).item() == pytest.approx(0, abs=1e-5)
     assert math.isfinite(psnr(clips.bfloat16(), -clips.bfloat16()).item())
+
+
+def test_ssim_of_flat_frames_is_the_formulas_first_factor():
+    clips, reconstructions = torch.full((2, 3, 2, 16, 16), 0.2), torch.full((2, 3, 2, 16, 16), 0.2)
+    reconstructions[1, :, 0] = 0.6  # 0.6 and 0.8 of the range: (2 x 0.6 x 0.8 + C1) / (0.6^2 + 0.8^2 + C1)
+    off = (2 * 0.6 * 0.8 + 1e-4) / (1 + 1e-4)
+    assert ssim(clips, reconstructions).tolist() == pytest.approx([1.0, (off + 1) / 2], abs=1e-4)
+
+
+def test_ssim_is_of_floats_in_any_batch():
+    clips, reconstructions = torch.rand(2, 2, 3, 2, 24, 24) * 2 - 1
+    together = ssim(clips, reconstructions)
+    alone = torch.cat([ssim(clips[i : i + 1], reconstructions[i : i + 1]) for i in range(2)])
+    assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-6)
+    assert ssim(clips, clips + 1e-4).min() > ssim(clips, clips + 1e-2).max()  # 8 bits would see neither
 
 
 def test_clips_of_different_shapes_are_refused():

@@ -167,16 +167,29 @@ def test_networks_are_neither_built_nor_read_where_their_weight_is_never_above_z
             Losses.build(run(*overrides, other, "loss.flow.weights=/no/raft"), torch.device("cpu"))
 
 
-def test_vgg_is_read_from_a_classifiers_file_and_computes_in_the_runs_precision(vgg, tmp_path):
+def test_vgg_is_read_from_a_classifiers_file_in_either_format(vgg, tmp_path):
     tensors = {name: tensor.contiguous() for name, tensor in vgg.state_dict().items()}
     save_file(tensors | {"head.fc.weight": torch.zeros(2, 2)}, tmp_path / "vgg.safetensors")
     torch.save(tensors, tmp_path / "vgg.pth")
     clips, reconstructions = pair()
     exact = Eye(vgg, 9).distances(clips, reconstructions)
-    for file, precision, off in (("vgg.safetensors", "32", 1e-5), ("vgg.pth", "bf16", 0.02)):
-        config = run(f"loss.lpips.weights={tmp_path / file}", f"trainer.precision={precision}")
-        eye = Losses.build(config, torch.device("cpu")).eye
-        torch.testing.assert_close(eye.distances(clips, reconstructions), exact, rtol=off, atol=0)
+    for file in ("vgg.safetensors", "vgg.pth"):
+        eye = Losses.build(run(f"loss.lpips.weights={tmp_path / file}"), torch.device("cpu")).eye
+        torch.testing.assert_close(eye.distances(clips, reconstructions), exact, rtol=1e-5, atol=0)
+
+
+def test_features_in_bfloat16_are_compared_in_float32(vgg):
+    clips, reconstructions = pair()
+    rounded = Vgg16().bfloat16()
+    rounded.load_state_dict(vgg.state_dict())
+    gradients = [torch.zeros_like(clips) for _ in range(2)]
+    exact, ours = (
+        Eye(network, 9).differentiate(clips, reconstructions, gradient, lpips=0.1, gram=0.0).lpips
+        for network, gradient in zip((vgg, rounded), gradients, strict=True)
+    )
+    assert ours.dtype == gradients[1].dtype == torch.float32
+    torch.testing.assert_close(ours, exact, rtol=0.01, atol=0)
+    assert torch.nn.functional.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.95
 
 
 def test_a_file_that_is_not_vgg16_is_refused(vgg, tmp_path):

@@ -12,6 +12,7 @@ from cosmos_hpc.ranks import Rank
 from cosmos_hpc.tokenizer import Losses, starting_tokenizer
 from cosmos_hpc.training.preemption import Outcome, StopRequest
 from cosmos_hpc.training.recovery import NonFiniteError
+from cosmos_hpc.training.telemetry import ValidationScores
 
 POISON = 255
 """A clip that is white all over stands for one that the network can't bear."""
@@ -43,8 +44,8 @@ class NoValidation:
     def is_due(self, step: int) -> bool:
         return False
 
-    def run(self, *_: object) -> float:
-        return 0.0
+    def run(self, *_: object) -> ValidationScores:
+        return ValidationScores(0.0)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig, WandbConfig
 from cosmos_hpc.ranks import Rank
-from cosmos_hpc.training.telemetry import StepMetrics, Telemetry
+from cosmos_hpc.training.telemetry import StepMetrics, Telemetry, ValidationScores
 
 
 def metrics(step: int, **changes: object) -> StepMetrics:
@@ -31,7 +31,7 @@ def lines(folder: RunFolder) -> list[dict]:
 def test_each_step_is_written_once_when_a_resume_goes_back(folder):
     first = telemetry(folder)
     first.resume_at(0, 0)
-    first.log_start(7.5)
+    first.log_start(ValidationScores(7.5))
     for step in range(1, 6):
         first.log(metrics(step))
         if step == 3:
@@ -42,14 +42,15 @@ def test_each_step_is_written_once_when_a_resume_goes_back(folder):
     second = telemetry(folder, attempt=1)
     second.resume_at(3, length)
     for step in range(4, 7):
-        second.log(metrics(step, val_psnr=20.0) if step == 6 else metrics(step))
+        second.log(metrics(step, validation=ValidationScores(20.0, val_psnr_ema=21.0)) if step == 6 else metrics(step))
     second.close()
     written = lines(folder)
     assert [line["step"] for line in written] == [0, 1, 2, 3, 4, 5, 6]
     assert [line["attempt"] for line in written] == [0, 0, 0, 0, 1, 1, 1]
     assert written[0] == {"step": 0, "val_psnr": 7.5, "attempt": 0}
     assert "val_psnr" not in written[5]
-    assert written[6]["val_psnr"] == 20.0
+    assert (written[6]["val_psnr"], written[6]["val_psnr_ema"]) == (20.0, 21.0)
+    assert "validation" not in written[6]
     assert written[2]["clips_per_s"] == 40.0
     cut = folder.cut_metrics(1).read_text().splitlines()
     assert [json.loads(line)["step"] for line in cut[:2]] == [4, 5], "what was cut off is lost"

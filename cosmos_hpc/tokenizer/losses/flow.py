@@ -29,9 +29,9 @@ def read_raft(path: Path) -> nn.Module:
     """
     try:
         from torchvision.models.optical_flow import raft_large
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
         raise ConfigError(
-            "loss.flow.weight is above 0, but torchvision is not installed: pip install 'cosmos-hpc[flow]'"
+            f"loss.flow.weight is above 0, but torchvision is not there ({error}): pip install 'cosmos-hpc[flow]'"
         ) from error
     network: nn.Module = raft_large(weights=None, progress=False)
     try:

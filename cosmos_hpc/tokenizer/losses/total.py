@@ -52,7 +52,9 @@ class Losses:
         """
         loss, steps, eye, flow = run.loss, run.trainer.max_steps, None, None
         if loss.looks_through_vgg(steps):
-            dtype = torch.bfloat16 if run.trainer.precision == "bf16" else torch.float32
+            # Not on a CPU, which takes many times as long over bfloat16.
+            is_bf16 = run.trainer.precision == "bf16" and device.type == "cuda"
+            dtype = torch.bfloat16 if is_bf16 else torch.float32
             network = Vgg16.read(Path(loss.lpips.weights)).to(device, dtype)
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own stubs lack it
             eye = Eye(network, loss.lpips.chunk_frames)
