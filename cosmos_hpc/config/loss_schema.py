@@ -66,7 +66,7 @@ class PerceptualConfig(LossTermConfig):
     """VGG16 trained on ImageNet, also for gram: a file, or REPOSITORY[:FILE] that `cosmos-hpc fetch` has brought."""
 
     chunk_frames: int = neutral(16)
-    """Most frames that go through VGG16 at once: less memory, the same loss."""
+    """Most frames that go through VGG16 at once: fewer take less memory for the same loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +92,7 @@ class FlowConfig(LossTermConfig):
     """State dict of torchvision's RAFT-large: a file, or REPOSITORY[:FILE] that `cosmos-hpc fetch --raft` brought."""
 
     chunk_pairs: int = neutral(4)
-    """Most pairs of frames that go through RAFT at once: less memory, the same loss."""
+    """Most pairs of frames that go through RAFT at once: fewer take less memory for the same loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

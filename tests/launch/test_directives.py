@@ -96,10 +96,13 @@ def test_ranks_get_the_profiles_variables_and_where_to_meet():
 def test_a_container_sees_code_run_data_and_the_whole_repository_of_cached_weights(tmp_path):
     snapshot = tmp_path / "models--nvidia--tokenizer" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
-    inside = run("container.mode=pyxis", "container.image=/nemo.sqsh", f"model.jit_ckpt_pth={snapshot}")
+    vgg = tmp_path / "models--timm--vgg" / "snapshots" / "4567" / "model.safetensors"
+    networks = [f"loss.lpips.weights={vgg}", "loss.flow.weights=/unused/raft.pth"]
+    inside = run("container.mode=pyxis", "container.image=/nemo.sqsh", f"model.jit_ckpt_pth={snapshot}", *networks)
     (mounts,) = [flag for flag in step_command(inside, RunFolder(Path("/r/000-a")), 0) if "container-mounts" in flag]
-    for path in ("/r/000-a", "/data/roads", snapshot.parents[1]):
+    for path in ("/r/000-a", "/data/roads", snapshot.parents[1], tmp_path / "models--timm--vgg"):
         assert f"{path}:{path}" in mounts
+    assert "unused" not in mounts
 
 
 def test_a_local_job_sees_the_gpus_that_its_caller_saw(monkeypatch):

@@ -1,6 +1,7 @@
 """The sum of the terms: its gradient, what it builds, what it reads, and the faults of the known recipes."""
 
 import dataclasses
+import sys
 from functools import partial
 from typing import Any
 
@@ -206,6 +207,12 @@ def test_a_file_that_is_not_vgg16_is_refused(vgg, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             read(run(f"loss.lpips.weights={tmp_path / file}"))
+
+
+def test_flow_without_torchvision_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", None)
+    with pytest.raises(ConfigError, match=r"torchvision is not there .*: pip install 'cosmos-hpc\[flow\]'"):
+        Losses.build(run("loss.lpips.weight=0", "loss.flow.weight=1", FLOW_FILE), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

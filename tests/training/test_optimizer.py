@@ -63,6 +63,16 @@ def test_an_update_that_is_not_finite_leaves_weights_moments_and_counter_alone(g
     assert not module.weight.equal(weight)
 
 
+def test_a_small_update_moves_a_large_weight_as_bfloat16_weights_would_not(groups):
+    module, ddp, optimizer = build(groups, lr=1e-4, warmup_steps=0, betas=(0.0, 0.0))
+    with groups.autocast("bf16"):
+        update(groups, ddp, optimizer, 2.0)  # Adam's first step is lr, whatever the gradient
+    (moments,) = optimizer.megatron.chained_optimizers[0].optimizer.state.values()
+    assert {module.weight.dtype, moments["exp_avg"].dtype, moments["exp_avg_sq"].dtype} == {torch.float32}
+    assert module.weight.item() == pytest.approx(1 - 1e-4, abs=1e-7)
+    assert torch.tensor(1 - 1e-4).bfloat16().item() == 1.0
+
+
 def test_the_schedule_counts_only_updates_that_were_made(groups):
     _, ddp, optimizer = build(groups)
     rates = []

@@ -56,7 +56,6 @@ class Losses:
             is_bf16 = run.trainer.precision == "bf16" and device.type == "cuda"
             dtype = torch.bfloat16 if is_bf16 else torch.float32
             network = Vgg16.read(Path(loss.lpips.weights)).to(device, dtype)
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own stubs lack it
             eye = Eye(network, loss.lpips.chunk_frames)
         if loss.flow.is_used(steps):
             flow = FlowTerm(read_raft(Path(str(loss.flow.weights))).to(device), loss.flow.chunk_pairs)
