@@ -1,5 +1,7 @@
 """How good reconstructions are."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,27 @@ def ssim(clips: Tensor, reconstructions: Tensor) -> Tensor:
     pairs = ((each.float().clamp(-1, 1) + 1) / 2 for each in (reconstructions, clips))
     ours, theirs = (each.movedim(2, 1) for each in pairs)  # [B, T, 3, H, W]
     return torch.stack([_frames_ssim(*pair).mean() for pair in zip(ours, theirs, strict=True)]).float()
+
+
+class CodeUse(NamedTuple):
+    """How much of a codebook is used."""
+
+    share: float
+    """Codes that occur, of all there are, in (0, 1]."""
+
+    perplexity: float
+    """Number of codes that, used evenly, would carry as much: e to the entropy of the codes."""
+
+
+def code_use(counts: Tensor) -> CodeUse:
+    """Use of a codebook; meaningful over many more cells than there are codes, as it can't exceed their number.
+
+    Args:
+        counts: [number of codes], how often each occurred, over everything that is measured.
+    """
+    shares = counts.double() / counts.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    return CodeUse(float((counts > 0).double().mean()), float(entropy.exp()))
 
 
 def _frames_ssim(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ class ValidationScores(NamedTuple):
     val_lpips: float | None = None
     """Difference of VGG16's features; where the loss has them."""
 
+    val_code_use: float | None = None
+    """DV: share of the codebook that occurs in the validation clips."""
+
+    val_perplexity: float | None = None
+    """DV: number of codes that, used evenly, would carry as much."""
+
     val_psnr_ema: float | None = None
     """PSNR of the averaged weights, where there is an average."""
 

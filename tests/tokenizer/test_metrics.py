@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from golden_vectors import load
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from cosmos_hpc.tokenizer import psnr, ssim
+from cosmos_hpc.tokenizer.metrics import code_use
 
 
 def test_psnr_of_a_constant_error_is_worked_out_by_hand():
@@ -43,6 +45,13 @@ def test_ssim_is_of_floats_in_any_batch():
     alone = torch.cat([ssim(clips[i : i + 1], reconstructions[i : i + 1]) for i in range(2)])
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-6)
     assert ssim(clips, clips + 1e-4).min() > ssim(clips, clips + 1e-2).max()  # 8 bits would see neither
+
+
+def test_code_use_is_as_recorded_and_counts_what_occurs():
+    recorded = load("losses")
+    counts = torch.bincount(torch.from_numpy(recorded["metric/code_idx"]).flatten(), minlength=64000)
+    assert code_use(counts).perplexity == pytest.approx(float(recorded["metric/code_perplexity"]), rel=1e-4)
+    assert code_use(torch.tensor([3, 0, 3, 0])) == (0.5, pytest.approx(2.0))
 
 
 def test_clips_of_different_shapes_are_refused():

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import CheckpointConfig, RunConfig, TrainerConfig
+from cosmos_hpc.config.schema import CheckpointConfig, ModelConfig, RunConfig, TrainerConfig
 from cosmos_hpc.ranks import Rank
+from cosmos_hpc.tokenizer import starting_tokenizer
 from cosmos_hpc.tokenizer.continuous import Autoencoded
 from cosmos_hpc.tokenizer.losses.perceptual import Eye
 from cosmos_hpc.tokenizer.losses.vgg import Vgg16
@@ -64,6 +65,17 @@ def test_vggs_distance_is_measured_where_the_loss_looks_through_it(groups):
     values = clips.float() / 127.5 - 1
     scores = Validation([clips], TrainerConfig(precision="32"), groups, eye=eye).run(Brighter(0.01), lambda: None)
     assert scores.val_lpips == pytest.approx(eye.distances(values, values + 0.1).item(), rel=1e-4)
+
+
+def test_use_of_codes_is_of_all_clips_and_not_of_the_last_batch(groups):
+    from cosmos_hpc.training.validation import Validation
+
+    network = starting_tokenizer(ModelConfig(model="DV8x16x16", channels=4), 0)
+    encoded = iter(torch.tensor([[0, 0], [63999, 5]]).view(2, 1, 1, 1, 2))
+    network.forward = lambda clips: Autoencoded(clips, network.quantizer.indices_to_codes(next(encoded)))
+    scores = Validation(batches(1, 1), TrainerConfig(precision="32"), groups).run(network, lambda: None)
+    assert scores.val_code_use == pytest.approx(3 / 64000)
+    assert scores.val_perplexity == pytest.approx(2**1.5)  # shares 1/2, 1/4, 1/4: an entropy of 1.5 bits
 
 
 def test_a_validation_split_without_a_clip_is_refused(groups):
