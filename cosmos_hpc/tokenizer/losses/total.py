@@ -16,7 +16,7 @@ from cosmos_hpc.tokenizer.losses.discriminator import AdversarialTerm
 from cosmos_hpc.tokenizer.losses.flow import FlowTerm, read_raft
 from cosmos_hpc.tokenizer.losses.latents import kl_to_standard_normal, uneven_use
 from cosmos_hpc.tokenizer.losses.perceptual import Eye
-from cosmos_hpc.tokenizer.losses.pixels import mean_absolute_difference
+from cosmos_hpc.tokenizer.losses.pixels import absolute_difference_and_slope
 from cosmos_hpc.tokenizer.losses.vgg import Vgg16
 from cosmos_hpc.tokenizer.losses.windows import cut_windows, join_windows, window_disagreement
 
@@ -52,6 +52,13 @@ class Losses:
         self._config = config
         self._flow = flow
         self._adversarial = adversarial
+        self._compare_pixels = absolute_difference_and_slope
+
+    def compile(self) -> None:
+        """Fuse what lies between the convolutions of VGG16, and the comparison of pixels."""
+        self._compare_pixels = torch.compile(absolute_difference_and_slope, dynamic=False)
+        if self.eye is not None:
+            self.eye.compile()
 
     @classmethod
     def build(cls, run: RunConfig, device: torch.device, adversarial: AdversarialTerm | None = None) -> Self:
@@ -143,8 +150,9 @@ class Losses:
 
     def _see(self, clips: Tensor, reconstructions: Tensor, gradient: Tensor, task: "_Task") -> dict[str, Tensor]:
         """The terms of pictures by name; their gradients are added up."""
-        l1 = partial(mean_absolute_difference, clips, mask=task.mask)
-        values = {"l1": _differentiate(l1, reconstructions, gradient, task.pull("l1"))}
+        l1, slope = self._compare_pixels(clips, reconstructions, task.mask)
+        gradient.add_(slope, alpha=task.pull("l1"))
+        values = {"l1": l1}
         if "lpips" in task.weights or "gram" in task.weights:
             assert self.eye is not None, "build makes one where it is needed"
             lpips, gram = task.pull("lpips"), task.pull("gram")
