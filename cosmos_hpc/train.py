@@ -203,7 +203,9 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     checkpoints = CheckpointStore(attempt.folder, config, groups)
     adversary = Adversary(config, groups) if config.loss.adversarial.is_used(config.trainer.max_steps) else None
     losses = Losses.build(config, groups.device, None if adversary is None else adversary.term)
-    validation = Validation(held_out, config.trainer, groups, eye=losses.eye)
+    validation = Validation(
+        held_out, config.trainer, groups, eye=losses.eye, keeps_pictures=config.wandb.log_media and rank.is_first
+    )
     state = TrainState(module, ddp, optimizer, average, loader, adversary)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])

@@ -451,16 +451,20 @@ class WandbConfig:
     """Weights & Biases. metrics.jsonl in the run folder is written whatever is set here."""
 
     mode: str = "auto"
-    """`online`, `offline`, `disabled`, or `auto`: online where the key is set, else disabled."""
+    """`online`, `offline` (in the run's folder, for `wandb sync`), `disabled`, or `auto`: WANDB_MODE, else online where
+    the key is set and the network is there, else offline."""
 
-    project: str = "cosmos-hpc"
-    """Project that the run is filed under."""
+    project: str | None = None
+    """Project that the run is filed under; none: WANDB_PROJECT_NAME of the environment, else cosmos-hpc."""
 
     entity: str | None = None
     """Team or user that owns the project."""
 
     api_key_env: str = "WANDB_API_KEY"
     """Name of the environment variable that holds the key; the key itself is never a setting."""
+
+    log_media: bool = False
+    """Send a picture of a clip and its reconstruction with each validation. They then leave the machine."""
 
     def __post_init__(self) -> None:
         require(

@@ -183,7 +183,9 @@ def _validate(state: TrainState, run: Run) -> tuple[ValidationScores, float]:
     started = time.perf_counter()
     run.telemetry.phase("validate", state.step)
     average = state.average.module if state.average is not None and state.step > 0 else None
-    return run.validation.run(state.module, run.telemetry.tick, average), time.perf_counter() - started
+    scores = run.validation.run(state.module, run.telemetry.tick, average)
+    run.telemetry.show(run.validation.pictures)
+    return scores, time.perf_counter() - started
 
 
 def _save(state: TrainState, run: Run, *, leaves: bool) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ class Validation:
         groups: Groups,
         *,
         eye: Eye | None = None,
+        keeps_pictures: bool = False,
     ) -> None:
         """Measure on these clips.
 
@@ -39,7 +41,12 @@ class Validation:
             trainer: settings.
             groups: the ranks.
             eye: VGG16, for its distance.
+            keeps_pictures: whether `pictures` are taken.
         """
+        self.pictures: np.ndarray | None = None
+        """First and last frame of the first clip of this rank, each beside its reconstruction: uint8 [2 H, 2 W, 3]."""
+
+        self._keeps_pictures = keeps_pictures
         self._loaders = loaders
         self._trainer = trainer
         self._groups = groups
@@ -74,7 +81,7 @@ class Validation:
         Raises:
             ConfigError: if no rank has a clip.
         """
-        started = time.monotonic()
+        started, self.pictures = time.monotonic(), None
         networks = {"": module} if average is None else {"": module, "_ema": average}
         scores: dict[str, float] = {}
         for split, loader in self._loaders.items():
@@ -97,6 +104,8 @@ class Validation:
         for batch in loader:
             clips = to_unit_range(batch.to(self._groups.device))
             outputs = [self._outputs(network, clips) for network in networks.values()]
+            if self._keeps_pictures and split == "val" and self.pictures is None:
+                self.pictures = _side_by_side(clips[0], outputs[0].reconstructions[0])
             found = [score.sum() for each in outputs for score in self._scores(clips, each.reconstructions)]
             if counts_codes and isinstance(module, DiscreteTokenizer):
                 indices = module.quantizer.codes_to_indices(outputs[0].latents).flatten().long()
@@ -127,6 +136,14 @@ class Validation:
         if self._eye is not None:
             scores.append(self._eye.distances(clips, reconstructions))
         return [score.double() for score in scores]
+
+
+def _side_by_side(clip: Tensor, reconstruction: Tensor) -> np.ndarray:
+    """Of [3, T, H, W] in about [-1, 1]: first frames above last ones."""
+    rows = [torch.cat([each[:, index] for each in (clip, reconstruction)], dim=2) for index in (0, -1)]
+    values = (torch.cat(rows, dim=1).float().clamp(-1, 1) + 1) * 127.5
+    pixels: np.ndarray = values.round().to(torch.uint8).movedim(0, 2).cpu().numpy()
+    return pixels
 
 
 def _num_codes(module: nn.Module) -> int:

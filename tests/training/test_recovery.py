@@ -42,6 +42,7 @@ class NoValidation:
     """Stands for the validation, which is not at issue."""
 
     is_wanted = False
+    pictures = None
 
     def is_due(self, step: int) -> bool:
         return False
