@@ -1,5 +1,6 @@
 """A bar for whoever trains at a terminal, as with torchrun's own line. Log lines go by above it."""
 
+import atexit
 import logging
 import sys
 from typing import TYPE_CHECKING, Self
@@ -30,6 +31,7 @@ class LiveBar:
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task(title, total=max_steps, numbers="")
         self._progress.start()
+        atexit.register(self._progress.stop)  # which shows the cursor again, also after an error
         for handler in self._streams:
             handler.setStream(sys.stderr)  # by now the bar's own, which prints above itself
 
