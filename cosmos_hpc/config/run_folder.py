@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def wandb_id(self) -> Path:
+        """Name of the run at Weights & Biases, beside what its package keeps."""
+        return self.path / "wandb" / "run_id"
+
+    @property
     def quarantine(self) -> Path:
         """One JSON line a video that can't be used: shard, key, fault and reason."""
         return self.path / "quarantine.jsonl"

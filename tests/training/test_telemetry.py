@@ -100,12 +100,3 @@ def test_heartbeat_tells_what_goes_on_and_where_time_went(folder):
     assert facts["seconds"]["data"] == 100.0
     assert facts["seconds"]["train"] < 0, "the wait for clips counts twice"
     assert facts["seconds"] == beat["seconds"]
-
-
-def test_wandb_offline_keeps_a_run_in_the_folder(folder, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    voice = telemetry(folder, wandb="offline")
-    voice.resume_at(0, 0)
-    voice.log(metrics(1))
-    voice.close()
-    assert list(folder.path.glob("wandb/offline-run-*/*.wandb"))
