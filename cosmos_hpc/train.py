@@ -22,7 +22,7 @@ from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import is_locked
-from cosmos_hpc.launch.submit import lay_out
+from cosmos_hpc.launch.placement import lay_out
 from cosmos_hpc.preflight import check_inputs, with_local_weights
 from cosmos_hpc.ranks import (
     Rank,

@@ -15,7 +15,8 @@ from cosmos_hpc.config.rank_reports import Heartbeat
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import Ending, Goodput, RunState, Status
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.launch.local import is_alive, is_locked
+from cosmos_hpc.launch.local import is_locked
+from cosmos_hpc.launch.marks import is_pending, newest_job, settle
 from cosmos_hpc.launch.queue import JobStatus, cancel_jobs, job_statuses
 
 STRAGGLES = 1.3
@@ -102,20 +103,13 @@ def run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
     Where SLURM does not answer, as on a machine that only has a copy of the folders, these alone tell.
     """
+    settle({folder.experiment for folder in folders})
     read = [_read(folder) for folder in folders]
     try:
         jobs = job_statuses(one.job for one in read if isinstance(one, _Read) and one.job)
     except ConfigError:
         jobs = {}
     return [one if isinstance(one, RunStatus) else _told(one, jobs.get(one.job or "")) for one in read]
-
-
-def newest_job(folder: RunFolder) -> str | None:
-    """The job that a run was last sent as, or last ran in; empty while it is being sent."""
-    if folder.pending_mark.exists():
-        return folder.pending_mark.read_text()
-    state = RunState.read(folder.state)
-    return state.attempts[-1].job_id if state and state.attempts else None
 
 
 def cancel(folder: RunFolder) -> str:
@@ -183,8 +177,9 @@ def _read(folder: RunFolder) -> "_Read | RunStatus":
         config = read_run_config(folder.config)
     except ConfigError as error:
         return _unreadable(folder, str(error))
-    job = newest_job(folder) if config.cluster.executor == "slurm" else None
-    return _Read(folder, config, RunState.read(folder.state), job)
+    state = RunState.read(folder.state)
+    job = newest_job(folder, state) if config.cluster.executor == "slurm" else None
+    return _Read(folder, config, state, job)
 
 
 def _told(read: _Read, job: JobStatus | None) -> RunStatus:
@@ -235,14 +230,6 @@ def _slurm_status(folder: RunFolder, state: RunState | None, job: JobStatus | No
     if job.state == "PENDING":
         return "pending"
     return "starting" if is_new or state is None else state.status
-
-
-def is_pending(folder: RunFolder) -> bool:
-    """Whether a local run is sent and has not started yet."""
-    if not folder.pending_mark.exists():
-        return False
-    job = folder.pending_mark.read_text()
-    return not job or is_alive(int(job))  # empty: it is being sent at this moment
 
 
 def _unreadable(folder: RunFolder, why: str) -> RunStatus:

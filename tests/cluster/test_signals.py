@@ -96,7 +96,7 @@ def test_only_the_element_that_was_requeued_starts_again(slurm_cluster, counting
     planned = cosmos_hpc("plan", counting_job, "name=array", "--script")
     assert not (runs_folder() / "array").exists()
     folders = submit(counting_job, "array")
-    assert {file.read_text() + "\n" for file in folders[0].experiment.submitit.glob("*.sh")} == {planned}
+    assert {file.read_text() for file in folders[0].experiment.scripts.glob("*.sh")} == {planned}
     assert "#SBATCH --array=0-2%3" in planned
     last = folders[-1]  # its raw id is the array's
     wait_for_step(slurm_cluster, last, 3)
