@@ -19,11 +19,16 @@ def jobs_before(names: Sequence[str], *, is_local: bool) -> list[str]:
     Raises:
         ConfigError: for something that is not there, that failed, or that can't be waited for.
     """
-    jobs = [job for name in names for job in _of_experiment(name) or _of_scheduler(name, is_local)]
+    jobs = [job for name in names for job in _before(name, is_local)]
     if is_local and jobs:
         raise ConfigError(f"after: {', '.join(names)} is not finished, and runs of this machine don't wait: submit "
                           "again when it is, see `cosmos-hpc status`")  # fmt: skip
     return jobs
+
+
+def _before(name: str, is_local: bool) -> list[str]:
+    found = _of_experiment(name)
+    return _of_scheduler(name, is_local) if found is None else found
 
 
 def _of_experiment(name: str) -> list[str] | None:

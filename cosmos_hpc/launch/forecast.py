@@ -8,6 +8,7 @@ from statistics import median
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config
+from cosmos_hpc.config.loss_schema import LossTermConfig
 from cosmos_hpc.config.rank_reports import last_lines
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
@@ -112,7 +113,7 @@ def _clips_per_s(folder: RunFolder) -> float | None:
 def _speed_key(run: RunConfig) -> str:
     """What decides the speed of a step."""
     data, trainer, cluster = run.data, run.trainer, run.cluster
-    terms = [item.name for item in fields(run.loss) if getattr(run.loss, item.name).is_used(trainer.max_steps)]
+    terms = [item.name for item in fields(run.loss) if _is_used(run, item.name)]
     return json.dumps([
         run.model.kind, run.model.temporal_compression, run.model.spatial_compression, run.model.channels,
         data.num_frames, data.crop_size, data.micro_batch_size, data.global_batch_size, trainer.num_nodes,
@@ -124,5 +125,11 @@ def _speed_key(run: RunConfig) -> str:
 def _size_key(run: RunConfig) -> str:
     """What decides the size of a checkpoint."""
     model = run.model
+    discriminator = _is_used(run, "adversarial") and run.loss.adversarial.channels
     return json.dumps([model.kind, model.temporal_compression, model.spatial_compression, model.channels,
-                       run.optim.ema_decay > 0])  # fmt: skip
+                       run.optim.ema_decay > 0, discriminator])  # fmt: skip
+
+
+def _is_used(run: RunConfig, term: str) -> bool:
+    config = getattr(run.loss, term)
+    return isinstance(config, LossTermConfig) and config.is_used(run.trainer.max_steps)
