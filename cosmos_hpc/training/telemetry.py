@@ -42,6 +42,24 @@ class ValidationScores(NamedTuple):
     val_lpips_ema: float | None = None
     """Difference of VGG16's features of the averaged weights."""
 
+    general_psnr: float | None = None
+    """Like those of val, of the clips of data.general_path, where that is set: what is forgotten shows here."""
+
+    general_ssim: float | None = None
+    """Structural similarity."""
+
+    general_lpips: float | None = None
+    """Difference of VGG16's features."""
+
+    general_psnr_ema: float | None = None
+    """Of the averaged weights."""
+
+    general_ssim_ema: float | None = None
+    """Of the averaged weights."""
+
+    general_lpips_ema: float | None = None
+    """Of the averaged weights."""
+
     def written(self) -> dict[str, float]:
         """Those that there are, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
@@ -49,7 +67,8 @@ class ValidationScores(NamedTuple):
     def told(self) -> str:
         """PSNR, as log lines say it."""
         average = "" if self.val_psnr_ema is None else f", of the average {self.val_psnr_ema:.2f} dB"
-        return f"validation PSNR {self.val_psnr:.2f} dB{average}"
+        general = "" if self.general_psnr is None else f", on general video {self.general_psnr:.2f} dB"
+        return f"validation PSNR {self.val_psnr:.2f} dB{average}{general}"
 
 
 class StepMetrics(NamedTuple):

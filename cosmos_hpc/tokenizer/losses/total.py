@@ -119,24 +119,24 @@ class Losses:
         """
         names = self.names(step)
         task = _Task({name: self._weight(name, step) for name in names if name in NAMES}, step, scale, mask, is_last)
-        windows, latents = outputs.reconstructions.detach(), outputs.latents.detach()
+        windows = outputs.reconstructions.detach()
         if "consistency" not in names:
             gradient = torch.zeros_like(windows)
             values = self._see(clips, windows, gradient, task)
         else:
             gradient, values = self._see_windows(clips, windows, task)
-        latent_terms: dict[str, Callable[[Tensor], Tensor]] = {
-            "kl": _kl,
-            "fsq_entropy": partial(uneven_use, levels=FSQ_LEVELS),
-        }
-        latent_gradient = None
-        for name in latent_terms.keys() & task.weights.keys():  # one at most: kl is of CV, fsq_entropy of DV
-            latent_gradient = torch.zeros_like(latents)
-            values[name] = _differentiate(latent_terms[name], latents, latent_gradient, task.pull(name))
-        if latent_gradient is None:
-            outputs.reconstructions.backward(gradient)
-        else:
-            torch.autograd.backward([outputs.reconstructions, outputs.latents], [gradient, latent_gradient])
+        ends, slopes = [outputs.reconstructions], [gradient]
+        if "kl" in names:
+            assert outputs.logvar is not None, "the settings refuse kl without a posterior"
+            ends += [outputs.latents, outputs.logvar]
+        if "fsq_entropy" in names:
+            ends += [outputs.latents]
+        for name in [name for name in LATENT_TERMS if name in names]:  # one at most: kl is of CV, fsq_entropy of DV
+            leaf = torch.cat(ends[1:], 1).detach()
+            slope = torch.zeros_like(leaf)
+            values[name] = _differentiate(LATENT_TERMS[name], leaf, slope, task.pull(name))
+            slopes += [part.type_as(end) for part, end in zip(slope.chunk(len(ends) - 1, 1), ends[1:], strict=True)]
+        torch.autograd.backward(ends, slopes)
         total = values.pop("weighted_adversarial", torch.zeros_like(values["l1"]))
         total = total + sum(weight * values[name] for name, weight in task.weights.items() if name != "adversarial")
         return torch.stack([total, *(values[name] for name in names)])
@@ -210,7 +210,11 @@ def _differentiate(term: Callable[[Tensor], Tensor], at: Tensor, gradient: Tenso
     return value.detach()
 
 
-def _kl(latents: Tensor) -> Tensor:
-    """As of a posterior N(latents, 1): the released tokenizers give no variance."""
-    mean = latents.float()
-    return kl_to_standard_normal(mean, torch.zeros_like(mean)).mean()
+def _kl(posterior: Tensor) -> Tensor:
+    """Of means and log-variances, side by side in the channels."""
+    mean, logvar = posterior.float().chunk(2, 1)
+    return kl_to_standard_normal(mean, logvar).mean()
+
+
+LATENT_TERMS: dict[str, Callable[[Tensor], Tensor]] = {"kl": _kl, "fsq_entropy": partial(uneven_use, levels=FSQ_LEVELS)}
+"""Terms that look at latents and not at pictures."""
