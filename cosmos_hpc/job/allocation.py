@@ -17,7 +17,7 @@ from cosmos_hpc.config.run_state import AttemptRecord, Ending
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.job.health import Problem, check_nodes
 from cosmos_hpc.job.policy import BAD_NODE
-from cosmos_hpc.launch.queue import OwnJob, host_names, num_partition_nodes, own_job, requeue_own_job
+from cosmos_hpc.launch.queue import OwnJob, host_names, job_runs, num_partition_nodes, own_job, requeue_own_job
 from cosmos_hpc.launch.step import slurm_job_id
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ T = TypeVar("T")
 
 PATIENCE_S = 600.0
 """How long a controller that does not answer is asked again."""
+
+
+ENDS = {"NODE_FAIL": Ending.NODE_FAILURE, "PREEMPTED": Ending.PREEMPTED, "TIMEOUT": Ending.TIME_LIMIT}
+"""What SLURM's accounts say of a run of the job that its supervisor did not live to close."""
 
 
 class JobEnd(Enum):
@@ -112,6 +116,11 @@ class Allocation:
     def has_enough_nodes(self) -> bool:
         """Whether the run may go on in this job with the nodes that are left."""
         return self._fit([node for node in host_names(_own().nodes) if node not in self._bad]) is not None
+
+    def end_before(self) -> Ending | None:
+        """Why SLURM ended the run of this job before the present one; none where it was not SLURM."""
+        ended = [run.state for run in job_runs(slurm_job_id()) if run.end is not None]
+        return ENDS.get(ended[-1]) if ended else None
 
     def is_time_short(self) -> bool:
         """Whether another start would not be worth it."""

@@ -168,8 +168,14 @@ class Attempt:
         return f"{found.ending.replace('_', ' ')}{place}: {found.error}{log}"
 
 
-def close_torn(folder: RunFolder, record: AttemptRecord) -> None:
-    """Close an attempt that its supervisor did not live to close: it ended when it was last heard."""
+def close_torn(folder: RunFolder, record: AttemptRecord, by_slurm: Ending | None = None) -> None:
+    """Close an attempt that its supervisor did not live to close: it ended when it was last heard.
+
+    Args:
+        folder: the run.
+        record: of the attempt.
+        by_slurm: why SLURM ended the job then, if it did.
+    """
     beat = Heartbeat.of_attempt(folder, record.attempt) or Heartbeat()
     agreed = AgreedEnd.read(folder.outcome(record.attempt))
     record.ended = max(record.started, beat.time)
@@ -181,6 +187,10 @@ def close_torn(folder: RunFolder, record: AttemptRecord) -> None:
     record.goodput = account(seconds, run_s=record.ended - record.started, silence_s=0.0, before=before)
     if agreed is not None and agreed.outcome in list(Ending):
         record.outcome = Ending(agreed.outcome)
+        return
+    if by_slurm is not None:
+        record.outcome, record.followed = by_slurm, "was requeued by SLURM"
+        record.message = None if by_slurm.is_agreed else f"{by_slurm.replace('_', ' ')}: SLURM ended the job"
         return
     record.outcome = Ending.SUPERVISOR_KILLED
     record.error = record.message = "the supervisor was killed, and the ranks with it"

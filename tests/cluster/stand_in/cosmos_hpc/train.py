@@ -56,7 +56,14 @@ def count(folder: Path, attempt: int, asked: list[int], fault: str | None, *, wr
         if not writes:
             continue
         with (folder / "metrics.jsonl").open("a") as file:
-            line = {"step": step, "loss": 1 / step, "attempt": attempt, "step_time_s": step_s, "data_time_s": 0.0}
+            line = {
+                "time": time.time(),
+                "step": step,
+                "loss": 1 / step,
+                "attempt": attempt,
+                "step_time_s": step_s,
+                "data_time_s": 0.0,
+            }
             file.write(json.dumps(line) + "\n")
         beat = {"time": time.time(), "attempt": attempt, "phase": "train", "step": step, "beats": step}
         beat |= {"seconds": {"train": time.time() - started}, "resumed_step": first}
