@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_hpc.config.errors import ConfigError
-
 if TYPE_CHECKING:
     from cosmos_hpc.config.run_folder import RunFolder
 
@@ -46,10 +44,10 @@ def status(
 
 def cancel(run: RunName) -> None:
     """Stop the runs of an experiment; they save first, and `submit` goes on from there."""
-    from cosmos_hpc.launch.status import cancel as cancel_run
+    from cosmos_hpc.launch.status import cancel_all
 
-    for folder in _runs(run):
-        print(f"{folder.label}: {cancel_run(folder)}")
+    for folder, said in cancel_all(_runs(run)).items():
+        print(f"{folder.label}: {said}")
 
 
 def requeue(run: RunName) -> None:
@@ -102,16 +100,12 @@ def explain(run: RunName, as_json: Json = False) -> None:
 
 
 def _one_run(name: str) -> "RunFolder":
-    found = _runs(name)
-    if len(found) > 1:
-        raise ConfigError(f"{name} names {len(found)} runs: choose one of {', '.join(one.label for one in found)}")
-    return found[0]
+    from cosmos_hpc.api import one_run
+
+    return one_run(name)
 
 
 def _runs(name: str | None) -> "list[RunFolder]":
-    from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
-    from cosmos_hpc.launch.status import find_runs
+    from cosmos_hpc.api import runs
 
-    if name is not None:
-        return find_runs(name, runs_folder())
-    return [run for folder in sorted(runs_folder().glob("*")) for run in ExperimentFolder(folder).runs()]
+    return runs(name)

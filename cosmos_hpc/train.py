@@ -22,7 +22,7 @@ from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import is_locked
-from cosmos_hpc.launch.submit import lay_out
+from cosmos_hpc.launch.placement import lay_out
 from cosmos_hpc.preflight import check_inputs, with_local_weights
 from cosmos_hpc.ranks import (
     Rank,
@@ -164,6 +164,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     """Everything that the loop works with, in the order in which the parts need each other."""
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
     from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+    from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
     from cosmos_hpc.training.ema import WeightAverage
@@ -192,9 +193,10 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
         quarantine=quarantine,
     )
     checkpoints = CheckpointStore(attempt.folder, config, groups)
-    losses = Losses.build(config, groups.device)
+    adversary = Adversary(config, groups) if config.loss.adversarial.is_used(config.trainer.max_steps) else None
+    losses = Losses.build(config, groups.device, None if adversary is None else adversary.term)
     validation = Validation(held_out, config.trainer, groups, eye=losses.eye)
-    state = TrainState(module, ddp, optimizer, average, loader)
+    state = TrainState(module, ddp, optimizer, average, loader, adversary)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
     guard = NonFiniteGuard(config.trainer)

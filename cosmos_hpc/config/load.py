@@ -75,6 +75,8 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
     _take_out(sweep, set(_dotted_keys(changes)), source)
     if "cluster" not in merged and shutil.which("sbatch"):
         merged["cluster"] = {"executor": "slurm"}
+    if isinstance(merged.get("after"), str | int):
+        merged["after"] = [str(merged["after"])]  # one is written without brackets
     experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
     for key in experiment.sweep.keys:
         _refuse_unknown_setting(key, f"{source}: sweep")

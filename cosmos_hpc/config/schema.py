@@ -369,8 +369,14 @@ class ClusterConfig:
     constraint: str | None = None
     """Node features that are required, such as h100."""
 
+    reservation: str | None = None
+    """Reservation to run in."""
+
+    exclude: str | None = None
+    """Nodes that are never used, such as node[3,7-9]."""
+
     time_limit_min: int = 240
-    """Wall clock of one job in minutes; the job requeues itself and goes on after it."""
+    """Wall clock of one job in minutes, at most the partition's; the job requeues itself and goes on after it."""
 
     grace_s: int = 300
     """Seconds before the time limit at which the ranks are told to save."""
@@ -463,6 +469,9 @@ class RunConfig:
 
     wandb: WandbConfig = neutral(WandbConfig())
     """Online tracking."""
+
+    after: tuple[str, ...] = neutral(())
+    """Experiments that have to be finished first, or SLURM jobs by name or number, such as one that packs the data."""
 
     def __post_init__(self) -> None:
         require(

@@ -6,6 +6,8 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 
@@ -22,6 +24,19 @@ OVER = (
     "TIMEOUT",
 )
 """States of the queue's memory after which nothing comes: a job that will run again is PENDING there at once."""
+
+ALIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "SUSPENDED",
+    "STOPPED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "SIGNALING",
+)
+"""States of jobs that run or will."""
 
 FORGOTTEN = "UNKNOWN"
 """State of a job that neither the queue nor the accounting knows."""
@@ -98,6 +113,42 @@ def job_runs(job: str) -> list[JobRun]:
         return []
     rows = [line.split("|") for line in text.splitlines()]
     return [JobRun(state, code, _unix_s(start), _unix_s(end), nodes) for state, code, start, end, nodes in rows]
+
+
+def own_jobs_by_script() -> dict[str, Path]:
+    """The caller's jobs that wait or run, with the script of each.
+
+    Raises:
+        ConfigError: if the queue can't be asked.
+    """
+    asked = ["--me", "--noheader", "--array", f"--states={','.join(ALIVE)}", "--format=%i|%o"]
+    rows = (line.strip().partition("|") for line in _asked("squeue", *asked).splitlines())
+    return {job: Path(script) for job, _, script in rows}
+
+
+def submitted_at(job: str) -> float:
+    """When a job that waits or runs was sent, in Unix seconds.
+
+    Raises:
+        ConfigError: if the queue can't be asked.
+    """
+    return datetime.fromisoformat(_asked("squeue", "--noheader", "--format=%V", f"--jobs={job}").strip()).timestamp()
+
+
+def jobs_named(name: str) -> dict[str, JobStatus]:
+    """The caller's jobs of a name that wait or run; where there is none, the one that ended last.
+
+    Raises:
+        ConfigError: if the queue can't be asked.
+    """
+    queued = _asked("squeue", "--me", "--noheader", "--array", "--states=all", f"--name={name}", "--format=%A|%i|%T")
+    rows = sorted((row.strip().split("|") for row in queued.splitlines()), key=lambda row: int(row[0]))
+    living = [job for _, job, state in rows if state not in OVER]
+    if living or rows:
+        return job_statuses(living or [rows[-1][1]])
+    ended = _asked("sacct", "--noheader", "--allocations", "--parsable2", f"--name={name}",
+                   "--starttime=now-30days", "--format=JobID").split()  # fmt: skip
+    return job_statuses(ended[-1:])
 
 
 def cancel_jobs(jobs: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """How the runs of an experiment stand, read from their folders."""
 
-import contextlib
 import json
 import os
 import signal
@@ -16,7 +15,8 @@ from cosmos_hpc.config.load import peek
 from cosmos_hpc.config.rank_reports import Heartbeat, last_lines
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import Ending, Goodput, RunState, Status
-from cosmos_hpc.launch.local import is_alive, is_locked
+from cosmos_hpc.launch.local import is_locked
+from cosmos_hpc.launch.marks import is_pending, newest_job, settle
 from cosmos_hpc.launch.queue import JobStatus, cancel_jobs, job_statuses
 
 STRAGGLES = 1.3
@@ -119,6 +119,7 @@ def run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
     Where SLURM does not answer, as on a machine that only has a copy of the folders, these alone tell.
     """
+    settle({folder.experiment for folder in folders})
     read = [_read(folder) for folder in folders]
     try:
         jobs = job_statuses(one.job for one in read if isinstance(one, _Read) and one.job)
@@ -127,23 +128,8 @@ def run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
     return [one if isinstance(one, RunStatus) else _told(one, jobs.get(one.job or "")) for one in read]
 
 
-def newest_job(folder: RunFolder, state: RunState | None = None) -> str | None:
-    """The job that a run was last sent as, or last ran in; empty while it is being sent.
-
-    Args:
-        folder: the run.
-        state: as its file stands, where it is read already.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        return folder.pending_mark.read_text()
-    state = state or RunState.read(folder.state)
-    return state.attempts[-1].job_id if state and state.attempts else None
-
-
 def cancel(folder: RunFolder) -> str:
     """End a run for good; its ranks save before they leave.
-
-    The mark is there before anything is signalled, so that the supervisor knows who asked and never requeues.
 
     Returns:
         What happens now, for the user.
@@ -151,19 +137,41 @@ def cancel(folder: RunFolder) -> str:
     Raises:
         ConfigError: if SLURM refuses.
     """
-    status = run_status(folder)
-    if status.is_over or status.status == "unsupervised":
-        return "not running"
-    folder.cancel_mark.touch()
-    read = _read(folder)
-    if isinstance(read, _Read) and read.job is not None:  # the supervisor's process id is another machine's
-        cancel_jobs([read.job] if read.job else [])
-        return "will not start" if status.status == "pending" else "asked to save and stop"
-    state = RunState.read(folder.state)
-    if status.status in ("pending", "starting") or state is None or state.pid is None:
-        return "will not start"
-    os.kill(state.pid, signal.SIGTERM)
-    return "asked to save and stop"
+    return cancel_all([folder])[folder]
+
+
+def cancel_all(folders: Sequence[RunFolder]) -> dict[RunFolder, str]:
+    """End runs for good, with one question and one order to SLURM for all of them.
+
+    The marks are there before anything is signalled, so that each supervisor knows who asked and never requeues.
+
+    Returns:
+        What happens now to each, for the user.
+
+    Raises:
+        ConfigError: if SLURM refuses.
+    """
+    said = dict.fromkeys(folders, "not running")
+    jobs = []
+    for folder, status in zip(folders, run_statuses(folders), strict=True):
+        if status.is_over or status.status == "unsupervised":
+            continue
+        folder.cancel_mark.touch()
+        read = _read(folder)
+        if isinstance(read, _Read) and read.job is not None:  # the supervisor's process id is another machine's
+            jobs += [read.job] if read.job else []
+            said[folder] = "will not start" if status.status == "pending" else "asked to save and stop"
+        elif (
+            status.status in ("pending", "starting")
+            or not isinstance(read, _Read)
+            or not (read.state and read.state.pid)
+        ):
+            said[folder] = "will not start"
+        else:
+            os.kill(read.state.pid, signal.SIGTERM)
+            said[folder] = "asked to save and stop"
+    cancel_jobs(jobs)
+    return said
 
 
 def find_runs(name: str, root: Path) -> list[RunFolder]:
@@ -263,14 +271,6 @@ def _slurm_status(folder: RunFolder, state: RunState | None, job: JobStatus | No
     if job.state == "PENDING":
         return "pending"
     return "starting" if is_new or state is None else state.status
-
-
-def is_pending(folder: RunFolder) -> bool:
-    """Whether a local run is sent and has not started yet."""
-    if not folder.pending_mark.exists():
-        return False
-    job = folder.pending_mark.read_text()
-    return not job or is_alive(int(job))  # empty: it is being sent at this moment
 
 
 def _unreadable(folder: RunFolder, why: str) -> RunStatus:

@@ -127,6 +127,9 @@ def step_environment(run: RunConfig, master_address: str, master_port: int) -> d
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # submitit's, which hides every GPU
         if CALLERS_GPUS in environment:
             environment["CUDA_VISIBLE_DEVICES"] = environment[CALLERS_GPUS]
+    chosen = {**run.cluster.environment, **run.container.environment}
+    if "PYTHONPATH" in chosen and "PYTHONPATH" in environment:  # the code that was submitted, behind the user's own
+        chosen["PYTHONPATH"] += os.pathsep + environment["PYTHONPATH"]
     return {
         **environment,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -134,8 +137,7 @@ def step_environment(run: RunConfig, master_address: str, master_port: int) -> d
         "HF_HUB_OFFLINE": "1",  # a job downloads nothing
         "MASTER_ADDR": master_address,
         "MASTER_PORT": str(master_port),
-        **run.cluster.environment,
-        **run.container.environment,
+        **chosen,
     }
 
 
