@@ -22,13 +22,16 @@ from cosmos_hpc.config.sweep import PlannedRun, expand
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.after import jobs_before
 from cosmos_hpc.launch.batch import Batch
+from cosmos_hpc.launch.explain import Explanation
+from cosmos_hpc.launch.explain import explain as explain_run
 from cosmos_hpc.launch.follow import follow
 from cosmos_hpc.launch.forecast import Forecast, forecasts
 from cosmos_hpc.launch.logs import read_log
 from cosmos_hpc.launch.marks import settle
 from cosmos_hpc.launch.placement import PlacedRun, left_the_sweep, place
-from cosmos_hpc.launch.status import RunStatus, find_runs, run_statuses
-from cosmos_hpc.launch.status import cancel as cancel_run
+from cosmos_hpc.launch.requests import checkpoint_now as save_run
+from cosmos_hpc.launch.requests import requeue as requeue_run
+from cosmos_hpc.launch.status import RunStatus, cancel_all, find_runs, run_statuses
 from cosmos_hpc.launch.submit import Submission, planned_batches
 from cosmos_hpc.launch.submit import submit as send
 from cosmos_hpc.preflight import check_inputs, with_local_weights, with_num_steps
@@ -119,6 +122,18 @@ def runs(name: str | None = None) -> list[RunFolder]:
     return [run for folder in sorted(runs_folder().glob("*")) for run in ExperimentFolder(folder).runs()]
 
 
+def one_run(name: str) -> RunFolder:
+    """The run of that name.
+
+    Raises:
+        ConfigError: if it fits none, or several.
+    """
+    found = runs(name)
+    if len(found) > 1:
+        raise ConfigError(f"{name} names {len(found)} runs: choose one of {', '.join(one.label for one in found)}")
+    return found[0]
+
+
 def status(name: str | None = None) -> list[RunStatus]:
     """How runs stand, named as in `runs`."""
     return run_statuses(runs(name))
@@ -133,7 +148,26 @@ def wait(name: str) -> list[RunStatus]:
 
 def cancel(name: str) -> dict[str, str]:
     """End runs for good, saved; what happens to each, by its label."""
-    return {folder.label: cancel_run(folder) for folder in runs(name)}
+    return {folder.label: said for folder, said in cancel_all(runs(name)).items()}
+
+
+def requeue(name: str) -> dict[str, str]:
+    """Have runs save and start again, through the queue where there is one; what happens to each, by its label."""
+    return {folder.label: requeue_run(folder) for folder in runs(name)}
+
+
+def checkpoint_now(name: str) -> dict[str, str]:
+    """Have runs save after their next step, and go on; what happens to each, by its label."""
+    return {folder.label: save_run(folder) for folder in runs(name)}
+
+
+def explain(name: str) -> Explanation:
+    """Why each attempt of a run ended, what was done about it and what it cost.
+
+    Raises:
+        ConfigError: if the name fits several runs.
+    """
+    return explain_run(one_run(name))
 
 
 def logs(name: str, rank: int = 0, attempt: int | None = None, *, follows: bool = False) -> Iterator[str]:
@@ -148,10 +182,7 @@ def logs(name: str, rank: int = 0, attempt: int | None = None, *, follows: bool 
     Raises:
         ConfigError: if the name fits several runs, or there is no such log.
     """
-    found = runs(name)
-    if len(found) > 1:
-        raise ConfigError(f"{name} names {len(found)} runs: choose one of {', '.join(one.label for one in found)}")
-    return read_log(found[0], rank, attempt, follow=follows)
+    return read_log(one_run(name), rank, attempt, follow=follows)
 
 
 def _read(job: Path | str, overrides: Sequence[str]) -> tuple[list[PlannedRun], ExperimentFolder, int | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosmos_hpc import __version__
+from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
 from cosmos_hpc.cli_submission import Json, plan, submit
 from cosmos_hpc.config.errors import ConfigError
 
@@ -31,7 +32,6 @@ TileSize = Annotated[
     int | None, typer.Option(help="Cut larger frames into tiles of this many pixels a side; whole if left out.")
 ]
 TileOverlap = Annotated[int | None, typer.Option(help="Pixels over which neighbouring tiles are blended: 64.")]
-RunName = Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/RUN (a beginning is enough), or a run's folder.")]
 
 
 class ExportFormat(StrEnum):
@@ -169,46 +169,8 @@ app.command()(plan)
 app.command()(submit)
 
 
-@app.command()
-def status(
-    experiment: Annotated[str | None, typer.Argument(help="Experiment or run; all experiments if left out.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show how the runs of an experiment stand."""
-    from cosmos_hpc.launch.status import run_statuses
-    from cosmos_hpc.tables import print_status
-
-    rows = run_statuses(_runs(experiment))
-    if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-        return
-    print_status(rows)
-
-
-@app.command()
-def cancel(run: RunName) -> None:
-    """Stop the runs of an experiment; they save first, and `submit` goes on from there."""
-    from cosmos_hpc.launch.status import cancel as cancel_run
-
-    for folder in _runs(run):
-        print(f"{folder.label}: {cancel_run(folder)}")
-
-
-@app.command()
-def logs(
-    run: RunName,
-    rank: Annotated[int, typer.Option(help="Rank whose log is shown.")] = 0,
-    attempt: Annotated[int | None, typer.Option(help="Attempt, from 0; the newest if left out.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run is over.")] = False,
-) -> None:
-    """Print a rank's log."""
-    from cosmos_hpc.launch.logs import read_log
-
-    found = _runs(run)
-    if len(found) > 1:
-        raise ConfigError(f"{run} names {len(found)} runs: choose one of {', '.join(one.label for one in found)}")
-    for text in read_log(found[0], rank, attempt, follow=follow):
-        print(text, end="", flush=True)
+for verb in (status, cancel, requeue, checkpoint_now, logs, explain):
+    app.command()(verb)
 
 
 @app.command()

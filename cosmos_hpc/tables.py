@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cosmos_hpc.config.sweep import PlannedRun
 from cosmos_hpc.launch.batch import Batch
+from cosmos_hpc.launch.explain import duration
 from cosmos_hpc.launch.forecast import Forecast
 from cosmos_hpc.launch.placement import PlacedRun
 from cosmos_hpc.launch.status import RunStatus
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # brings torch
 
 WIDTH = 160
 """Columns where the output is no terminal."""
-
 
 LONGEST_PRETTY = 100
 """Rows that are laid out by rich."""
@@ -110,28 +110,38 @@ def print_json(value: Any) -> None:
 def print_status(rows: Sequence[RunStatus]) -> None:
     """One line a run: where it stands; below, why runs failed and which ranks are slow."""
     print_table(
-        ["run", "status", "step", "loss", "val PSNR", "of average", "clips/s", "goodput", "attempts", "last outcome"],
+        ["run", "status", "SLURM", "step", "loss", "val PSNR", "of average", "clips/s", "data wait", "goodput",
+         "attempts", "nodes", "time left"],
         [
             [
                 row.run,
                 row.status,
+                "" if row.job is None else row.job.state,
                 f"{row.step}/{row.max_steps}",
                 "" if row.loss is None else f"{row.loss:.4f}",
                 "" if row.val_psnr is None else f"{row.val_psnr:.2f} dB",
                 "" if row.val_psnr_ema is None else f"{row.val_psnr_ema:.2f} dB",
                 "" if row.clips_per_s is None else f"{row.clips_per_s:.2f}",
+                "" if row.data_wait is None else f"{row.data_wait:.0%}",
                 "" if row.goodput is None else f"{row.goodput:.0%}",
-                str(row.attempts),
-                (row.last_outcome or "").replace("_", " "),
+                attempts(row),
+                row.nodes,
+                "" if row.time_left_s is None else duration(row.time_left_s),
             ]
             for row in rows
         ],
-    )
+    )  # fmt: skip
     for row in rows:
         if row.message:
             print(f"{row.run}: {row.message}")
         for slow in row.stragglers:
             print(f"{row.run}: rank {slow.rank} takes {slow.step_time_s:.2f} s a step, {slow.ratio:.1f} x the median")
+
+
+def attempts(row: RunStatus) -> str:
+    """How many, and how they ended: `4: 2 preempted, node failure`."""
+    causes = [f"{count} {cause}" if count > 1 else cause for cause, count in row.causes.items()]
+    return ": ".join([str(row.attempts), *([", ".join(causes).replace("_", " ")] if causes else [])])
 
 
 def print_evaluations(rows: "Sequence[Evaluation]") -> None:

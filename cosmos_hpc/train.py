@@ -137,6 +137,8 @@ def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
     """Build, train, and let rank 0 write how it ended; the supervisor decides by that file alone."""
     from cosmos_hpc.training.loop import train
 
+    if groups.rank.is_first:
+        stop.look_for(attempt.folder.requeue_request)
     state, run = _build(attempt, groups, stop)
     try:
         outcome = train(state, run)

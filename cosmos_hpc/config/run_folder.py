@@ -99,6 +99,16 @@ class RunFolder:
         return self.path / "supervisor.lock"
 
     @property
+    def save_request(self) -> Path:
+        """Its presence asks the ranks for a checkpoint; taken away once that is begun."""
+        return self.path / "checkpoint_now"
+
+    @property
+    def requeue_request(self) -> Path:
+        """Its presence asks the ranks to save and leave, and the run to start again; taken away at the next start."""
+        return self.path / "requeue_now"
+
+    @property
     def cancel_mark(self) -> Path:
         """Its presence tells the supervisor that a person, not the scheduler, ended the job."""
         return self.path / "cancelled"

@@ -23,7 +23,7 @@ from cosmos_hpc.launch.placement import PlacedRun, lay_out, left_the_sweep, plac
 from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.queue import cancel_jobs, own_jobs_by_script
 from cosmos_hpc.launch.snapshot import snapshot_folder, take_snapshot
-from cosmos_hpc.launch.status import cancel
+from cosmos_hpc.launch.status import cancel_all
 from cosmos_hpc.launch.step import CALLERS_GPUS
 
 MakeJob = Callable[[Path], Callable[[], None]]
@@ -101,7 +101,7 @@ def submit(
         placed = place(runs, experiment, retries_failed=retries_failed)
         jobs = _send(placed, experiment, max_parallel, make_job)
         left = left_the_sweep(placed, experiment)
-        pruned = {run: cancel(run) for run in left} if prunes else {}
+        pruned = cancel_all(left) if prunes else {}
     return Submission(experiment, placed, jobs, left, pruned)
 
 
