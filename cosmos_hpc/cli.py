@@ -6,7 +6,6 @@ Heavy modules are imported inside the verbs that need them: a login node answers
 import dataclasses
 import errno
 import json
-import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosmos_hpc import __version__
+from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
+from cosmos_hpc.cli_submission import Json, plan, submit
 from cosmos_hpc.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
-    from cosmos_hpc.config.sweep import PlannedRun
-    from cosmos_hpc.launch.submit import PlacedRun
+    from cosmos_hpc.config.run_folder import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,14 +28,10 @@ app = typer.Typer(
     help="Post-train NVIDIA Cosmos video tokenizers on your own video, on your own SLURM cluster.",
 )
 
-JobFile = Annotated[Path, typer.Argument(help="Experiment file, such as jobs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings on top of the file, such as optim.lr=3e-5.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 TileSize = Annotated[
     int | None, typer.Option(help="Cut larger frames into tiles of this many pixels a side; whole if left out.")
 ]
 TileOverlap = Annotated[int | None, typer.Option(help="Pixels over which neighbouring tiles are blended: 64.")]
-RunName = Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/RUN (a beginning is enough), or a run's folder.")]
 
 
 class ExportFormat(StrEnum):
@@ -170,98 +165,12 @@ def fetch(
     print(f"commit {fetched.commit}; in an experiment file: model: {{jit_ckpt_pth: {name}}}")
 
 
-@app.command()
-def plan(
-    job: JobFile,
-    overrides: Overrides = None,
-    script: Annotated[bool, typer.Option("--script", help="Print what sbatch would be given.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show the runs of an experiment file and what `submit` would do. Sends nothing."""
-    from cosmos_hpc.advice import advice
-    from cosmos_hpc.launch.submit import sbatch_scripts
-    from cosmos_hpc.tables import plan_row, print_plan
-
-    runs, placed, experiment = _placed(job, overrides)
-    if script:
-        print("\n".join(sbatch_scripts(placed, experiment, _max_parallel(job, overrides))))
-    elif as_json:
-        rows = [plan_row(run, place) for run, place in zip(runs, placed, strict=True)]
-        _print_json(
-            [{**row, "warnings": advice(run.config, run.folder)} for row, run in zip(rows, placed, strict=True)]
-        )
-    else:
-        print_plan(runs, placed)
-        for warning in dict.fromkeys(line for run in placed for line in advice(run.config, run.folder)):
-            print(f"warning: {warning}", file=sys.stderr)
+app.command()(plan)
+app.command()(submit)
 
 
-@app.command()
-def submit(
-    job: JobFile,
-    overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay and show progress; Ctrl-C stops the runs, saved.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Send what is missing of an experiment: finished and running runs are left alone, broken ones go on."""
-    from cosmos_hpc.job import Supervisor
-    from cosmos_hpc.launch.submit import submit as send
-    from cosmos_hpc.preflight import check_inputs
-    from cosmos_hpc.tables import print_plan
-
-    runs, placed, experiment = _placed(job, overrides)
-    for run in placed:
-        check_inputs(run.config)
-    jobs = send(placed, experiment, _max_parallel(job, overrides), Supervisor)
-    if as_json:
-        _print_json({"sent": jobs, "skipped": [run.folder.label for run in placed if not run.is_sent]})
-    else:
-        print_plan(runs, placed)
-        print(f"sent {len(jobs)} of {len(placed)} runs; see: cosmos-hpc status {experiment.name}")
-    if wait:
-        _wait([run.folder for run in placed], shlex.join(["cosmos-hpc", "submit", str(job), *(overrides or [])]))
-
-
-@app.command()
-def status(
-    experiment: Annotated[str | None, typer.Argument(help="Experiment or run; all experiments if left out.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show how the runs of an experiment stand."""
-    from cosmos_hpc.launch.status import run_statuses
-    from cosmos_hpc.tables import print_status
-
-    rows = run_statuses(_runs(experiment))
-    if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-        return
-    print_status(rows)
-
-
-@app.command()
-def cancel(run: RunName) -> None:
-    """Stop the runs of an experiment; they save first, and `submit` goes on from there."""
-    from cosmos_hpc.launch.status import cancel as cancel_run
-
-    for folder in _runs(run):
-        print(f"{folder.label}: {cancel_run(folder)}")
-
-
-@app.command()
-def logs(
-    run: RunName,
-    rank: Annotated[int, typer.Option(help="Rank whose log is shown.")] = 0,
-    attempt: Annotated[int | None, typer.Option(help="Attempt, from 0; the newest if left out.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run is over.")] = False,
-) -> None:
-    """Print a rank's log."""
-    from cosmos_hpc.launch.logs import read_log
-
-    found = _runs(run)
-    if len(found) > 1:
-        raise ConfigError(f"{run} names {len(found)} runs: choose one of {', '.join(one.label for one in found)}")
-    for text in read_log(found[0], rank, attempt, follow=follow):
-        print(text, end="", flush=True)
+for verb in (status, cancel, requeue, checkpoint_now, logs, explain):
+    app.command()(verb)
 
 
 @app.command()
@@ -450,32 +359,10 @@ def quickstart(
     run_quickstart(out)
 
 
-def _placed(job: Path, overrides: list[str] | None) -> "tuple[list[PlannedRun], list[PlacedRun], ExperimentFolder]":
-    from cosmos_hpc.config.load import load_experiment
-    from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
-    from cosmos_hpc.config.sweep import expand
-    from cosmos_hpc.launch.submit import place
-    from cosmos_hpc.preflight import with_local_weights, with_num_steps
-
-    written = expand(load_experiment(job, overrides or []))
-    runs = [dataclasses.replace(run, config=with_local_weights(with_num_steps(run.config))) for run in written]
-    experiment = ExperimentFolder(runs_folder() / runs[0].config.name)
-    return runs, place([run.config for run in runs], experiment), experiment
-
-
-def _max_parallel(job: Path, overrides: list[str] | None) -> int | None:
-    from cosmos_hpc.config.load import load_experiment
-
-    return load_experiment(job, overrides or []).sweep.max_parallel
-
-
 def _runs(name: str | None) -> "list[RunFolder]":
-    from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
-    from cosmos_hpc.launch.status import find_runs
+    from cosmos_hpc.api import runs
 
-    if name is not None:
-        return find_runs(name, runs_folder())
-    return [run for folder in sorted(runs_folder().glob("*")) for run in ExperimentFolder(folder).runs()]
+    return runs(name)
 
 
 def _weights(source: str) -> Path:
@@ -502,17 +389,6 @@ def _shares(text: str) -> tuple[float, float, float]:
     except ValueError:
         raise ConfigError(f"--split is {text!r}, but takes three numbers: such as 99,1,0") from None
     return train, val, test
-
-
-def _wait(folders: "list[RunFolder]", again: str) -> None:
-    from cosmos_hpc.launch.follow import follow
-    from cosmos_hpc.launch.status import run_statuses
-    from cosmos_hpc.tables import print_status
-
-    failed = follow(folders, again)
-    print_status(run_statuses(folders))
-    if failed:
-        raise typer.Exit(1)
 
 
 def _print_json(value: Any) -> None:

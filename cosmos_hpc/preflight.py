@@ -10,14 +10,20 @@ from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
 
 
-def check_inputs(run: RunConfig) -> None:
+def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
     """Refuse a run whose data is not there or too little, or whose tracking has no key.
+
+    Args:
+        run: its settings.
+        data_is_to_come: whether the run waits for a job that may still have to write its data.
 
     Raises:
         ConfigError: with the setting, what it points to, and the mend.
     """
     if run.wandb.mode == "online" and not os.environ.get(run.wandb.api_key_env):
         raise ConfigError(f"wandb.mode is online, but {run.wandb.api_key_env} is not set: export it, or set offline")
+    if data_is_to_come and run.data.path is not None:
+        return
     check_dataset(run.data.path)
     if run.data.general_path is not None:
         check_dataset(run.data.general_path, needed=("val",), setting="data.general_path")

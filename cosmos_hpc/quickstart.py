@@ -23,8 +23,10 @@ from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.video_file import probe, read_frames, write_mp4
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.follow import follow, progress_bar
+from cosmos_hpc.launch.forecast import forecasts
+from cosmos_hpc.launch.placement import place
 from cosmos_hpc.launch.status import RunStatus, run_status
-from cosmos_hpc.launch.submit import place, submit
+from cosmos_hpc.launch.submit import submit
 from cosmos_hpc.tables import print_evaluations, print_plan, print_status
 
 CLIP_FRAMES = 17
@@ -130,7 +132,9 @@ def _make_dataset(out: Path) -> None:
 def _plan(out: Path, name: str, *overrides: str) -> list[PlannedRun]:
     job = find_shipped("jobs/quickstart.yaml")
     runs = expand(load_experiment(job, [f"name={name}", f"data.path={out / 'dataset'}", *overrides]))
-    print_plan(runs, place([run.config for run in runs], ExperimentFolder(out / "runs" / name)))
+    configs = [run.config for run in runs]
+    placed = place(configs, ExperimentFolder(out / "runs" / name))
+    print_plan(runs, placed, forecasts(configs, [run.folder for run in placed], out / "runs"))
     return runs
 
 
@@ -148,9 +152,8 @@ def _train(out: Path, runs: Sequence[PlannedRun]) -> list[RunFolder]:
             os.kill(state.pid, signal.SIGTERM)
 
     experiment = ExperimentFolder(out / "runs" / "quickstart")
-    placed = place([run.config for run in runs], experiment)
-    folders = [run.folder for run in placed]
-    submit(placed, experiment, 1, Supervisor)
+    sent = submit([run.config for run in runs], experiment, 1, Supervisor, retries_failed=True)
+    folders = [run.folder for run in sent.placed]
     _wait(folders, preempt_first)
     return folders
 
@@ -164,10 +167,10 @@ def _compare_with_unbroken(out: Path, broken_run: PlannedRun, broken: RunFolder)
     choices = [f"{key}={value}" for key, value in broken_run.choices.items()]
     twin = _plan(out, "unbroken", *choices, f"trainer.max_steps={last}")
     experiment = ExperimentFolder(out / "runs" / "unbroken")
-    placed = place([twin[0].config], experiment)
-    submit(placed, experiment, 1, Supervisor)
-    _wait([placed[0].folder])
-    ours, theirs = _losses(broken), _losses(placed[0].folder)
+    sent = submit([twin[0].config], experiment, 1, Supervisor, retries_failed=True)
+    unbroken = sent.placed[0].folder
+    _wait([unbroken])
+    ours, theirs = _losses(broken), _losses(unbroken)
     differing = [step for step in range(1, last + 1) if ours[step] != theirs[step]]
     if differing:
         raise ConfigError(f"the resumed run differs from the unbroken one at step {differing[0]}: report this fault")

@@ -23,7 +23,7 @@ from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import is_locked
-from cosmos_hpc.launch.submit import lay_out
+from cosmos_hpc.launch.placement import lay_out
 from cosmos_hpc.preflight import check_inputs, with_local_weights, with_num_steps
 from cosmos_hpc.ranks import (
     Rank,
@@ -137,6 +137,8 @@ def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
     """Build, train, and let rank 0 write how it ended; the supervisor decides by that file alone."""
     from cosmos_hpc.training.loop import train
 
+    if groups.rank.is_first:
+        stop.look_for(attempt.folder.requeue_request)
     state, run = _build(attempt, groups, stop)
     try:
         outcome = train(state, run)

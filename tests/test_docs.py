@@ -24,8 +24,8 @@ def test_every_setting_has_its_meaning_on_the_line_below_it():
 
 
 def test_every_command_of_the_readme_exists_and_every_command_is_in_the_readme():
-    said = set(re.findall(r"^cosmos-hpc ([a-z]+)", README, flags=re.MULTILINE))
-    there = {command.name or command.callback.__name__ for command in app.registered_commands}
+    said = set(re.findall(r"^cosmos-hpc ([a-z-]+)", README, flags=re.MULTILINE))
+    there = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert said == there - {"quickstart"}
     for verb in sorted(there):
         result = CliRunner().invoke(app, [verb, "--help"])

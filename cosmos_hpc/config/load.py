@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import shutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,9 @@ _FAST_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 NO_LIMIT = 10_000_000
 """Steps that no run gets to."""
+
+_PEEKED = (r"^trainer:\n(?:  .*\n)*?  max_steps: (\d+)$", r"^cluster:\n(?:  .*\n)*?  executor: (slurm|local)$")
+"""Where `to_yaml` writes the two settings that `status` needs."""
 
 PROFILE_GROUPS = ("cluster", "container")
 """Groups that YAML may give by the name of a file."""
@@ -74,6 +78,8 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
     _take_out(sweep, set(_dotted_keys(changes)), source)
     if "cluster" not in merged and shutil.which("sbatch"):
         merged["cluster"] = {"executor": "slurm"}
+    if isinstance(merged.get("after"), str | int):
+        merged["after"] = [str(merged["after"])]  # one is written without brackets
     experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
     _let_epochs_decide(experiment)
     for key in experiment.sweep.keys:
@@ -126,6 +132,23 @@ def read_run_config(path: Path) -> RunConfig:
     settings = _read_mapping(path, lambda text: yaml.load(text, _FAST_LOADER))
     _refuse_unknown_keys(settings, str(path))
     return typing.cast(RunConfig, _defaults().make(_leaves(settings), str(path)))
+
+
+def peek(path: Path) -> tuple[int, str]:
+    """trainer.max_steps and cluster.executor of a run folder's config.yaml: all of it would take `status` seconds.
+
+    Raises:
+        ConfigError: if the file is missing or not of this version's form.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    steps, executor = (re.search(pattern, text, re.M) for pattern in _PEEKED)
+    if steps is not None and executor is not None:
+        return int(steps[1]), executor[1]
+    run = read_run_config(path)  # edited by hand, or broken
+    return run.trainer.max_steps, run.cluster.executor
 
 
 @functools.cache

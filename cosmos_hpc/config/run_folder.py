@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def script(self) -> Path:
+        """`sbatch run.sh` starts the run, or goes on with it."""
+        return self.path / "run.sh"
+
+    @property
     def provenance(self) -> Path:
         """Code version and its diff, package versions, host."""
         return self.path / "provenance.json"
@@ -97,6 +102,16 @@ class RunFolder:
     def supervisor_lock(self) -> Path:
         """Locked while a supervisor of this run lives on this machine."""
         return self.path / "supervisor.lock"
+
+    @property
+    def save_request(self) -> Path:
+        """Its presence asks the ranks for a checkpoint; taken away once that is begun."""
+        return self.path / "checkpoint_now"
+
+    @property
+    def requeue_request(self) -> Path:
+        """Its presence asks the ranks to save and leave, and the run to start again; taken away at the next start."""
+        return self.path / "requeue_now"
 
     @property
     def cancel_mark(self) -> Path:
@@ -184,8 +199,23 @@ class ExperimentFolder:
 
     @property
     def submitit(self) -> Path:
-        """Where submitit keeps its pickles and the supervisors' logs."""
+        """Logs of the supervisors, and submitit's pickles of local ones."""
         return self.path / "submitit"
+
+    @property
+    def scripts(self) -> Path:
+        """What sbatch was given."""
+        return self.path / "scripts"
+
+    @property
+    def code(self) -> Path:
+        """Snapshots of the code that jobs run."""
+        return self.path / "code"
+
+    @property
+    def submit_lock(self) -> Path:
+        """Locked while a submission is at work."""
+        return self.path / "submit.lock"
 
     @property
     def max_parallel(self) -> Path:

@@ -41,6 +41,9 @@ class Ending(StrEnum):
     TIME_LIMIT = "time_limit"
     """The wall clock of the job was about to end; saved."""
 
+    REQUEUED = "requeued"
+    """Given back to the queue by `cosmos-hpc requeue`; saved."""
+
     INTERRUPTED = "interrupted"
     """Ctrl-C; saved."""
 
@@ -88,7 +91,7 @@ class Ending(StrEnum):
     @property
     def is_agreed(self) -> bool:
         """Whether the ranks left together, with a checkpoint, and the run is to go on."""
-        return self in (Ending.PREEMPTED, Ending.TIME_LIMIT, Ending.INTERRUPTED)
+        return self in (Ending.PREEMPTED, Ending.TIME_LIMIT, Ending.REQUEUED, Ending.INTERRUPTED)
 
     @property
     def is_fault(self) -> bool:
@@ -179,6 +182,24 @@ class AttemptRecord:
 
     goodput: Goodput | None = None
     """Where its seconds went; none in files of earlier versions."""
+
+    nodes: str | None = None
+    """Host list of the ranks; none for a local run."""
+
+    failed_rank: int | None = None
+    """The first one to fail, where that can be told."""
+
+    failed_host: str | None = None
+    """Its node."""
+
+    failed_log: str | None = None
+    """Where more is to be read, below the run folder."""
+
+    bad_nodes: list[str] = field(default_factory=list)
+    """Nodes that the run avoids from here on, in this job."""
+
+    followed: str | None = None
+    """What was done after it."""
 
 
 @dataclass

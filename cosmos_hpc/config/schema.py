@@ -154,6 +154,9 @@ class TrainerConfig:
     num_nodes: int = neutral(1)
     """Nodes of the job."""
 
+    min_nodes: int | None = neutral(None)
+    """Nodes with which a run that lost some goes on in the same job; none: it goes back to the queue for all."""
+
     devices: int = neutral(1)
     """Ranks per node: one per GPU, or processes on a machine without one."""
 
@@ -198,6 +201,10 @@ class TrainerConfig:
             require(value is None or value >= 1, f"trainer.{name} is {value}, but must be at least 1")
         require(
             self.val_every_n_minutes > 0, f"trainer.val_every_n_minutes is {self.val_every_n_minutes}: set it above 0"
+        )
+        require(
+            self.min_nodes is None or 1 <= self.min_nodes <= self.num_nodes,
+            f"trainer.min_nodes is {self.min_nodes}, but takes 1 to trainer.num_nodes = {self.num_nodes}",
         )
         require(
             self.precision in ("bf16", "32"),
@@ -412,8 +419,14 @@ class ClusterConfig:
     constraint: str | None = None
     """Node features that are required, such as h100."""
 
+    reservation: str | None = None
+    """Reservation to run in."""
+
+    exclude: str | None = None
+    """Nodes that are never used, such as node[3,7-9]."""
+
     time_limit_min: int = 240
-    """Wall clock of one job in minutes; the job requeues itself and goes on after it."""
+    """Wall clock of one job in minutes, at most the partition's; the job requeues itself and goes on after it."""
 
     grace_s: int = 300
     """Seconds before the time limit at which the ranks are told to save."""
@@ -430,6 +443,9 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables set for the ranks, such as NCCL's."""
 
+    health_check_s: float = 10.0
+    """Seconds that each node has, before every start of the ranks, to show that it is well; 0 leaves the check out."""
+
     restarts: RestartConfig = neutral(RestartConfig())
     """Budgets of restarts after faults."""
 
@@ -444,6 +460,7 @@ class ClusterConfig:
         for name in ("time_limit_min", "grace_s"):
             value = getattr(self, name)
             require(value >= 1, f"cluster.{name} is {value}, but must be at least 1")
+        require(self.health_check_s >= 0, f"cluster.health_check_s is {self.health_check_s}, but can't be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,6 +523,9 @@ class RunConfig:
 
     wandb: WandbConfig = neutral(WandbConfig())
     """Online tracking."""
+
+    after: tuple[str, ...] = neutral(())
+    """Experiments that have to be finished first, or SLURM jobs by name or number, such as one that packs the data."""
 
     def __post_init__(self) -> None:
         require(

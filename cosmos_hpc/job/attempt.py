@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -14,9 +13,11 @@ from cosmos_hpc.config.rank_reports import AgreedEnd, Heartbeat, last_lines
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, Ending, Goodput, RunState
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.job.allocation import Place
 from cosmos_hpc.job.ends import Diagnosis, diagnose
 from cosmos_hpc.job.goodput import account, settle_lost_steps
 from cosmos_hpc.job.hang import Stacks, Vigil, dump_with_py_spy
+from cosmos_hpc.job.meeting import meeting_port
 from cosmos_hpc.launch.local import children
 from cosmos_hpc.launch.step import kill_step, signal_ranks, start_step, step_command, step_environment
 
@@ -33,7 +34,12 @@ class Attempt:
     """The newest attempt of a run while it lives."""
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, state: RunState, asked: Callable[[], signal.Signals | None]
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        state: RunState,
+        asked: Callable[[], signal.Signals | None],
+        place: Place | None = None,
     ) -> None:
         """Take over the newest record of the state.
 
@@ -42,11 +48,13 @@ class Attempt:
             config: its settings.
             state: kept up to date; `save` of the supervisor writes it.
             asked: the signal that the supervisor got, to be passed on locally; none so far.
+            place: the nodes that the ranks start on; none locally.
         """
         self._folder = folder
         self._config = config
         self._state = state
         self._asked = asked
+        self._place = place
         self._record = state.attempts[-1]
         self._vigil = Vigil(config.cluster.hang, state.longest_silence_s)
         self._begun = time.monotonic()
@@ -59,12 +67,12 @@ class Attempt:
             save: writes the state.
         """
         number = self._record.attempt
-        command = step_command(self._config, self._folder, number)
-        environment = step_environment(self._config, socket.gethostname(), _port(number))
+        command = step_command(self._config, self._folder, number, self._place.chosen if self._place else ())
         log = self._folder.launcher_log(number)
         log.parent.mkdir(parents=True, exist_ok=True)
         logger.info("%s attempt %d: %s", self._folder.label, number, " ".join(command))
-        with log.open("a") as output:
+        with log.open("a") as output, meeting_port() as port:
+            environment = step_environment(self._config, socket.gethostname(), port)
             step = start_step(command, environment, output)
             hang = self._wait(step, output, save)
         self._listen()
@@ -72,7 +80,8 @@ class Attempt:
 
     def _wait(self, step: "subprocess.Popen[bytes]", output: IO[str], save: Callable[[], None]) -> str | None:
         """Until the ranks are gone; what is said of a hang, if they had to be killed for one."""
-        is_passed_on = self._config.cluster.executor != "local"
+        is_passed_on = self._place is not None
+        is_told_time = False
         listened = saved = time.monotonic()
         while step.poll() is None:
             asked = self._asked()
@@ -84,6 +93,9 @@ class Attempt:
                 self._listen()
                 if self._vigil.is_hung:
                     return self._end_hang(step, output)
+                if self._place is not None and not is_told_time and self._place.is_time_short():
+                    is_told_time = True  # SLURM tells the ranks itself, but once, and only those that are there then
+                    signal_ranks(self._config, step.pid, signal.SIGUSR2)
             if time.monotonic() - saved >= REFRESH_S:
                 saved = time.monotonic()
                 self._note_progress()
@@ -129,6 +141,8 @@ class Attempt:
             record.step = found.step
         if found.ending.is_fault:
             record.error, record.message = found.error, self._message(found)
+            record.failed_rank, record.failed_host = found.rank, found.host
+            record.failed_log = None if found.log is None else str(found.log.relative_to(self._folder.path))
         elif (agreed := AgreedEnd.read(self._folder.outcome(number))) is not None and agreed.seconds:
             record.resumed_step = agreed.resumed_step
             self._account(agreed.seconds)
@@ -154,8 +168,14 @@ class Attempt:
         return f"{found.ending.replace('_', ' ')}{place}: {found.error}{log}"
 
 
-def close_torn(folder: RunFolder, record: AttemptRecord) -> None:
-    """Close an attempt that its supervisor did not live to close: it ended when it was last heard."""
+def close_torn(folder: RunFolder, record: AttemptRecord, by_slurm: Ending | None = None) -> None:
+    """Close an attempt that its supervisor did not live to close: it ended when it was last heard.
+
+    Args:
+        folder: the run.
+        record: of the attempt.
+        by_slurm: why SLURM ended the job then, if it did.
+    """
     beat = Heartbeat.of_attempt(folder, record.attempt) or Heartbeat()
     agreed = AgreedEnd.read(folder.outcome(record.attempt))
     record.ended = max(record.started, beat.time)
@@ -167,6 +187,10 @@ def close_torn(folder: RunFolder, record: AttemptRecord) -> None:
     record.goodput = account(seconds, run_s=record.ended - record.started, silence_s=0.0, before=before)
     if agreed is not None and agreed.outcome in list(Ending):
         record.outcome = Ending(agreed.outcome)
+        return
+    if by_slurm is not None:
+        record.outcome, record.followed = by_slurm, "was requeued by SLURM"
+        record.message = None if by_slurm.is_agreed else f"{by_slurm.replace('_', ' ')}: SLURM ended the job"
         return
     record.outcome = Ending.SUPERVISOR_KILLED
     record.error = record.message = "the supervisor was killed, and the ranks with it"
@@ -183,9 +207,3 @@ def last_step(folder: RunFolder, attempt: int, beat: Heartbeat | None) -> int | 
             return int(written["step"])
         break
     return None if beat is None else beat.step
-
-
-def _port(attempt: int) -> int:
-    """Another port for each job and attempt, below the range from which the kernel hands out its own."""
-    job = int(os.environ.get("SLURM_JOB_ID", os.getpid()))
-    return 20000 + (job * 7 + attempt) % 12000

@@ -35,7 +35,10 @@ SIGNS: tuple[tuple[Ending, re.Pattern[str]], ...] = (
 """What an error's line tells, the first that fits. NCCL's errors name CUDA as well, so they come before CUDA's."""
 
 SCHEDULER_SIGNS: tuple[tuple[Ending, re.Pattern[str]], ...] = (
-    (Ending.NODE_FAILURE, re.compile(r"^(?:srun|slurmstepd).*(?:NODE FAILURE|[Nn]ode failure).*", re.M)),
+    (
+        Ending.NODE_FAILURE,
+        re.compile(r"^(?:srun|slurmstepd).*[Nn](?:ODE FAILURE|ode failure)(?: on (?P<host>[\w-]+))?.*", re.M),
+    ),
     (Ending.OUT_OF_MEMORY, re.compile(r"^(?:srun|slurmstepd).*(?:oom.?kill|out.of.memory).*", re.M | re.I)),
 )
 """What SLURM says in the launcher's log."""
@@ -126,7 +129,7 @@ def _of_failure(folder: RunFolder, attempt: int, failure: Failure) -> Diagnosis:
 def _of_scheduler(folder: RunFolder, attempt: int, launcher: str) -> Iterator[Diagnosis]:
     for ending, sign in SCHEDULER_SIGNS:
         if found := sign.search(launcher):
-            yield Diagnosis(ending, found[0], log=folder.launcher_log(attempt))
+            yield Diagnosis(ending, found[0], host=found.groupdict().get("host"), log=folder.launcher_log(attempt))
 
 
 def _of_death(folder: RunFolder, attempt: int, death: _Death, ending: Ending) -> Diagnosis:

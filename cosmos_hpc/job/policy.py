@@ -51,7 +51,9 @@ class Verdict:
     """Why it stops, and the mend; for faults only."""
 
 
-def what_follows(attempts: Sequence[AttemptRecord], restarts: RestartConfig, *, is_slurm: bool) -> Verdict:
+def what_follows(
+    attempts: Sequence[AttemptRecord], restarts: RestartConfig, *, is_slurm: bool, can_shrink: bool = False
+) -> Verdict:
     """Decide after the end of the newest attempt.
 
     Budgets count the faults of this job since its last progress, a newer checkpoint than any before: a run that moves
@@ -61,6 +63,7 @@ def what_follows(attempts: Sequence[AttemptRecord], restarts: RestartConfig, *, 
         attempts: of the run, oldest first; all have ended.
         restarts: the budgets.
         is_slurm: there is a queue to go back to.
+        can_shrink: the run may go on with the nodes that are left of its job.
     """
     last = attempts[-1]
     assert last.outcome is not None, "it has ended"
@@ -70,7 +73,7 @@ def what_follows(attempts: Sequence[AttemptRecord], restarts: RestartConfig, *, 
     of_this_job = [record for record in attempts if record.job_id == last.job_id]
     if (reason := _why_stop(of_this_job, last.outcome, restarts)) is not None:
         return Verdict(Action.STOP, diagnosis=f"{last.message}; {reason}: {MENDS[last.outcome]}")
-    if is_slurm and last.outcome in BAD_NODE:
+    if is_slurm and last.outcome in BAD_NODE and not can_shrink:
         return Verdict(Action.REQUEUE)
     doublings = min(DOUBLINGS, len(faults_since_progress(of_this_job)) - 1)
     return Verdict(Action.RESTART, delay_s=restarts.backoff_s * 2**doublings)

@@ -14,11 +14,11 @@ from cosmos_hpc.config.load import read_run_config
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, Ending, Goodput, RunState, Status
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.job.allocation import Allocation, JobEnd
 from cosmos_hpc.job.attempt import Attempt, close_torn
 from cosmos_hpc.job.disk import NO_ROOM, has_room
-from cosmos_hpc.job.policy import Action, out_of_room, what_follows
+from cosmos_hpc.job.policy import BAD_NODE, Action, out_of_room, what_follows
 from cosmos_hpc.launch.local import locked, place_among
-from cosmos_hpc.launch.queue import requeue_own_job
 from cosmos_hpc.launch.step import slurm_job_id
 from cosmos_hpc.ranks import set_up_logging
 
@@ -58,6 +58,7 @@ class _Watch:
         self._is_slurm = self._config.cluster.executor == "slurm"
         self._state = RunState.read(folder.state) or RunState()
         self._state.pid = os.getpid()
+        self._allocation = Allocation(self._folder, self._config) if self._is_slurm else None
         self._idle_since: float | None = None
         self._asked: signal.Signals | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -66,7 +67,8 @@ class _Watch:
     def run(self) -> None:
         for record in self._state.attempts:
             if record.ended is None:
-                close_torn(self._folder, record)
+                by_slurm = self._allocation.end_before() if self._allocation is not None else None
+                close_torn(self._folder, record, by_slurm if record.job_id == slurm_job_id() else None)
         self._queued_at = _queued_at(self._folder, self._state)
         self._become(Status.WAITING)
         self._folder.pending_mark.unlink(missing_ok=True)
@@ -129,9 +131,23 @@ class _Watch:
         )
         self._state.attempts.append(record)
         self._become(Status.RUNNING)
-        Attempt(self._folder, self._config, self._state, lambda: self._asked).run(self._save)
+        self._folder.requeue_request.unlink(missing_ok=True)  # this start is what it asked for
+        self._run(record)
         self._idle_since = time.monotonic()
         return record
+
+    def _run(self, record: AttemptRecord) -> None:
+        """Start the ranks of an attempt, where enough nodes are well, and wait for their end."""
+        if self._allocation is None:
+            Attempt(self._folder, self._config, self._state, lambda: self._asked).run(self._save)
+            return
+        place = self._allocation.prepare(record)
+        if place is not None and self._asked is not None:  # the nodes were asked back meanwhile
+            record.ended, record.outcome, record.saved_step = time.time(), Ending.PREEMPTED, self._folder.newest_step()
+        elif place is not None:
+            self._save()
+            Attempt(self._folder, place.config, self._state, lambda: self._asked, place).run(self._save)
+            self._allocation.judge(record)
 
     def _goes_on(self, record: AttemptRecord) -> bool:
         """Write down what follows an attempt; true if the next one is to start here."""
@@ -143,19 +159,24 @@ class _Watch:
             record.outcome = Ending.CANCELLED if record.outcome.is_agreed else record.outcome
             self._become(Status.CANCELLED)
             return False
-        verdict = what_follows(self._state.attempts, self._config.cluster.restarts, is_slurm=self._is_slurm)
+        allocation = self._allocation
+        can_shrink = allocation is not None and record.outcome in BAD_NODE and allocation.has_enough_nodes()
+        restarts = self._config.cluster.restarts
+        verdict = what_follows(self._state.attempts, restarts, is_slurm=self._is_slurm, can_shrink=can_shrink)
         if verdict.diagnosis is not None:
             self._fail(record, verdict.diagnosis)
+        record.followed = "went on in the same job"
         self._become(Status.WAITING)
         if verdict.action is Action.RESTART:
             self._pause(record, verdict.delay_s)
-        if verdict.action is Action.REQUEUE or (self._is_slurm and self._asked is not None):  # the nodes are asked back
-            self._requeue()
+        is_asked_back = self._asked is not None
+        if allocation is not None and (verdict.action is Action.REQUEUE or is_asked_back or allocation.is_time_short()):
+            self._requeue(allocation, record)
             return False
         return True
 
     def _fail(self, record: AttemptRecord, diagnosis: str) -> NoReturn:
-        record.message = diagnosis
+        record.message, record.followed = diagnosis, "stopped"
         self._become(Status.FAILED)
         logger.error("%s failed: %s", self._folder.label, diagnosis)
         raise SystemExit(1)
@@ -182,12 +203,32 @@ class _Watch:
             time.sleep(0.05)
         return True
 
-    def _requeue(self) -> None:
+    def _requeue(self, allocation: Allocation, record: AttemptRecord) -> None:
         """Give the job back to the queue, unless somebody has ended or requeued it; SLURM ends this process then."""
+        excluded = allocation.worth_excluding(self._state.attempts)
+        without = f", without {', '.join(excluded)}" if excluded else ""
+        record.followed = f"back to the queue{without}"
         self._become(Status.WAITING)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: end at once
-        if requeue_own_job(slurm_job_id()):
-            time.sleep(600)
+        end = allocation.give_back(excluded)
+        if end is JobEnd.REQUEUED_BY_US:
+            self._sleep_until_ended()
+        elif end is JobEnd.REQUEUED:
+            record.followed = "was requeued"
+            self._become(Status.WAITING)
+        elif end is JobEnd.OVER_TIME:
+            why = "the job reached its time limit before all was saved: raise cluster.grace_s, then submit again"
+            self._fail(record, why)
+        else:
+            assert record.outcome is not None, "it has ended"
+            record.outcome = Ending.CANCELLED if record.outcome.is_agreed else record.outcome
+            record.followed = "the job was ended by somebody"
+            self._become(Status.CANCELLED)
+
+    def _sleep_until_ended(self) -> None:
+        """SLURM has been told to requeue, and sends SIGTERM."""
+        deadline = time.monotonic() + 600
+        while self._asked is None and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _queued_at(folder: RunFolder, state: RunState) -> float:

@@ -41,6 +41,8 @@ def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any
         "ntasks_per_node": trainer.devices,
         "gpus_per_node": trainer.devices if cluster.gpus_per_node is None else cluster.gpus_per_node,
         "cpus_per_task": cluster.cpus_per_task,
+        "no_kill": None if trainer.min_nodes is None else True,  # the job outlives the loss of a node
+        "reservation": cluster.reservation,
     }
     options: dict[str, Any] = {
         "name": run.name,
@@ -51,6 +53,7 @@ def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any
         "slurm_account": cluster.account,
         "slurm_qos": cluster.qos,
         "slurm_constraint": cluster.constraint,
+        "slurm_exclude": cluster.exclude,
         "slurm_signal_delay_s": cluster.grace_s,
         "slurm_use_srun": False,  # one supervisor in the batch step; it starts the ranks by its own srun
         "slurm_setup": list(SETUP),

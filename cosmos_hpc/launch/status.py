@@ -4,22 +4,27 @@ import json
 import os
 import signal
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.load import read_run_config
-from cosmos_hpc.config.rank_reports import Heartbeat
+from cosmos_hpc.config.load import peek
+from cosmos_hpc.config.rank_reports import Heartbeat, last_lines
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import Ending, Goodput, RunState, Status
-from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.launch.local import is_alive, is_locked
+from cosmos_hpc.launch.local import is_locked
+from cosmos_hpc.launch.marks import is_pending, newest_job, settle
 from cosmos_hpc.launch.queue import JobStatus, cancel_jobs, job_statuses
 
 STRAGGLES = 1.3
 """A rank's own time for a step over the median of all, from which on it is named."""
+
+
+RECENT = 20
+"""Steps that tell the present pace."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class RunStatus:
     attempts: int
     """Starts of the ranks so far."""
 
+    causes: dict[str, int]
+    """How the ended ones among them ended, and how often."""
+
     last_outcome: Ending | None
     """How the attempt before ended."""
 
@@ -85,6 +93,15 @@ class RunStatus:
 
     seconds: Goodput | None = None
     """Where the seconds of all attempts went."""
+
+    data_wait: float | None = None
+    """Share of the last steps' time that was spent waiting for clips, in [0, 1]."""
+
+    time_left_s: float | None = None
+    """Until the last step, at the pace of the last ones; none where nothing runs."""
+
+    nodes: str = ""
+    """Host list that it runs on, or ran on last."""
 
     stragglers: tuple[Straggler, ...] = ()
     """Of a running run, the slowest first."""
@@ -108,6 +125,7 @@ def run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
     Where SLURM does not answer, as on a machine that only has a copy of the folders, these alone tell.
     """
+    settle({folder.experiment for folder in folders})
     read = [_read(folder) for folder in folders]
     try:
         jobs = job_statuses(one.job for one in read if isinstance(one, _Read) and one.job)
@@ -116,18 +134,8 @@ def run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
     return [one if isinstance(one, RunStatus) else _told(one, jobs.get(one.job or "")) for one in read]
 
 
-def newest_job(folder: RunFolder) -> str | None:
-    """The job that a run was last sent as, or last ran in; empty while it is being sent."""
-    if folder.pending_mark.exists():
-        return folder.pending_mark.read_text()
-    state = RunState.read(folder.state)
-    return state.attempts[-1].job_id if state and state.attempts else None
-
-
 def cancel(folder: RunFolder) -> str:
     """End a run for good; its ranks save before they leave.
-
-    The mark is there before anything is signalled, so that the supervisor knows who asked and never requeues.
 
     Returns:
         What happens now, for the user.
@@ -135,19 +143,41 @@ def cancel(folder: RunFolder) -> str:
     Raises:
         ConfigError: if SLURM refuses.
     """
-    status = run_status(folder)
-    if status.is_over or status.status == "unsupervised":
-        return "not running"
-    folder.cancel_mark.touch()
-    read = _read(folder)
-    if isinstance(read, _Read) and read.job is not None:  # the supervisor's process id is another machine's
-        cancel_jobs([read.job] if read.job else [])
-        return "will not start" if status.status == "pending" else "asked to save and stop"
-    state = RunState.read(folder.state)
-    if status.status in ("pending", "starting") or state is None or state.pid is None:
-        return "will not start"
-    os.kill(state.pid, signal.SIGTERM)
-    return "asked to save and stop"
+    return cancel_all([folder])[folder]
+
+
+def cancel_all(folders: Sequence[RunFolder]) -> dict[RunFolder, str]:
+    """End runs for good, with one question and one order to SLURM for all of them.
+
+    The marks are there before anything is signalled, so that each supervisor knows who asked and never requeues.
+
+    Returns:
+        What happens now to each, for the user.
+
+    Raises:
+        ConfigError: if SLURM refuses.
+    """
+    said = dict.fromkeys(folders, "not running")
+    jobs = []
+    for folder, status in zip(folders, run_statuses(folders), strict=True):
+        if status.is_over or status.status == "unsupervised":
+            continue
+        folder.cancel_mark.touch()
+        read = _read(folder)
+        if isinstance(read, _Read) and read.job is not None:  # the supervisor's process id is another machine's
+            jobs += [read.job] if read.job else []
+            said[folder] = "will not start" if status.status == "pending" else "asked to save and stop"
+        elif (
+            status.status in ("pending", "starting")
+            or not isinstance(read, _Read)
+            or not (read.state and read.state.pid)
+        ):
+            said[folder] = "will not start"
+        else:
+            os.kill(read.state.pid, signal.SIGTERM)
+            said[folder] = "asked to save and stop"
+    cancel_jobs(jobs)
+    return said
 
 
 def find_runs(name: str, root: Path) -> list[RunFolder]:
@@ -178,7 +208,8 @@ class _Read(NamedTuple):
     """What a run's own folder says."""
 
     folder: RunFolder
-    config: RunConfig
+    max_steps: int
+    is_local: bool
     state: RunState | None
     job: str | None
     """SLURM's id; none where the run is a process of this machine."""
@@ -186,35 +217,40 @@ class _Read(NamedTuple):
 
 def _read(folder: RunFolder) -> "_Read | RunStatus":
     try:
-        config = read_run_config(folder.config)
+        max_steps, executor = peek(folder.config)
     except ConfigError as error:
         return _unreadable(folder, str(error))
-    job = newest_job(folder) if config.cluster.executor == "slurm" else None
-    return _Read(folder, config, RunState.read(folder.state), job)
+    state = RunState.read(folder.state)
+    job = newest_job(folder, state) if executor == "slurm" else None
+    return _Read(folder, max_steps, executor == "local", state, job)
 
 
 def _told(read: _Read, job: JobStatus | None) -> RunStatus:
-    folder, config, state, _ = read
-    last, validated = _last_metrics(folder.metrics)
+    folder, max_steps, is_local, state, _ = read
+    recent, validated = _last_metrics(folder.metrics)
+    last = recent[-1] if recent else {}
     ended = [attempt for attempt in state.attempts if attempt.outcome] if state else []
-    is_local = config.cluster.executor == "local"
     status = _local_status(folder, state) if is_local else _slurm_status(folder, state, job)
     return RunStatus(
         run=folder.label,
         status=status,
         step=last.get("step", 0),
-        max_steps=config.trainer.max_steps,
+        max_steps=max_steps,
         loss=last.get("loss"),
         val_psnr=validated.get("val_psnr"),
         val_psnr_ema=validated.get("val_psnr_ema"),
         clips_per_s=last.get("clips_per_s"),
         attempts=len(state.attempts) if state else 0,
+        causes=dict(Counter(str(attempt.outcome) for attempt in ended)),
         last_outcome=ended[-1].outcome if ended else None,
         message=ended[-1].message if ended else None,
         data_wait=last.get("data_time_s", 0.0) / last["step_time_s"] if last.get("step_time_s") else None,
         memory_gib=last.get("memory_gib"),
         goodput=state.goodput.share if state else None,
         seconds=state.goodput if state else None,
+        data_wait=_data_wait(recent),
+        time_left_s=_time_left_s(recent, max_steps) if status == Status.RUNNING else None,
+        nodes=(job.nodes if job else "") or (state.attempts[-1].nodes if state and state.attempts else None) or "",
         stragglers=_stragglers(folder, state) if state and status == Status.RUNNING else (),
         job=job,
     )
@@ -239,18 +275,10 @@ def _slurm_status(folder: RunFolder, state: RunState | None, job: JobStatus | No
     if job.is_over:
         if not is_new and state and state.status in (Status.FINISHED, Status.FAILED, Status.CANCELLED):
             return state.status
-        return Status.CANCELLED if folder.cancel_mark.exists() else "died"
+        return Status.CANCELLED if folder.cancel_mark.exists() or job.state == "CANCELLED" else "died"
     if job.state == "PENDING":
         return "pending"
     return "starting" if is_new or state is None else state.status
-
-
-def is_pending(folder: RunFolder) -> bool:
-    """Whether a local run is sent and has not started yet."""
-    if not folder.pending_mark.exists():
-        return False
-    job = folder.pending_mark.read_text()
-    return not job or is_alive(int(job))  # empty: it is being sent at this moment
 
 
 def _unreadable(folder: RunFolder, why: str) -> RunStatus:
@@ -267,6 +295,7 @@ def _unreadable(folder: RunFolder, why: str) -> RunStatus:
         val_psnr_ema=None,
         clips_per_s=None,
         attempts=0,
+        causes={},
         last_outcome=None,
         message=why,
     )
@@ -290,21 +319,27 @@ def stragglers(step_times_s: Sequence[float]) -> tuple[Straggler, ...]:
     return tuple(sorted(found, key=lambda straggler: -straggler.ratio))
 
 
-def _last_metrics(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last line, and the last one that holds a validation."""
-    last: dict[str, Any] = {}
-    for line in _lines_backwards(path):
-        last = last or line
-        if "val_psnr" in line:
-            return last, line
-    return last, {}
+def _data_wait(recent: Sequence[dict[str, Any]]) -> float | None:
+    spent_s = sum(line.get("step_time_s", 0.0) for line in recent)
+    return sum(line.get("data_time_s", 0.0) for line in recent) / spent_s if spent_s > 0 else None
 
 
-def _lines_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in reversed(path.read_text().splitlines()):
-        try:
-            yield json.loads(line)
-        except ValueError:  # the line that is being written at this moment
-            continue
+def _time_left_s(recent: Sequence[dict[str, Any]], max_steps: int) -> float | None:
+    paces_s = [line["step_time_s"] for line in recent if "step_time_s" in line]
+    return statistics.median(paces_s) * (max_steps - recent[-1]["step"]) if paces_s else None
+
+
+def _last_metrics(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The last lines, and the last one that holds a validation; from the end, as the file may be long."""
+    for size in (2**13, 2**17, 2**40):
+        lines = _parsed(last_lines(path, size), is_whole=not path.exists() or path.stat().st_size <= size)
+        validated = next((line for line in reversed(lines) if "val_psnr" in line), None)
+        if validated is not None or len(lines) == 0:
+            break
+    return lines[-RECENT:], validated or {}
+
+
+def _parsed(text: str, *, is_whole: bool) -> list[dict[str, Any]]:
+    """The lines that are whole: the first may be cut off, the last is being written at this moment."""
+    lines = text.splitlines(keepends=True)[0 if is_whole else 1 :]
+    return [json.loads(line) for line in lines if line.endswith("\n")]

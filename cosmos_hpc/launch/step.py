@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -101,15 +102,22 @@ def _send(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def step_command(run: RunConfig, folder: RunFolder, attempt: int) -> list[str]:
-    """One process per GPU on every node, each `python -m cosmos_hpc.train` on the run folder."""
+def step_command(run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequence[str] = ()) -> list[str]:
+    """One process per GPU on every node, each `python -m cosmos_hpc.train` on the run folder.
+
+    Args:
+        run: its settings; `trainer.num_nodes` is what this attempt has.
+        folder: the run.
+        attempt: number of this start.
+        nodes: the nodes to use, where some of the allocation are to be left out.
+    """
     rank = ["-m", "cosmos_hpc.train", "--run-folder", str(folder.path), "--attempt", str(attempt)]
     if run.cluster.executor == "local":
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.trainer.devices}"]
         return [sys.executable, *launcher, *rank]
     prefix = container_prefix(run.container, _mounts(run, folder))
     python = sys.executable if run.container.mode == "none" else "python"
-    return [*_srun(run), *prefix.srun_flags, *prefix.command, python, *rank]
+    return [*_srun(run, nodes), *prefix.srun_flags, *prefix.command, python, *rank]
 
 
 def step_environment(run: RunConfig, master_address: str, master_port: int) -> dict[str, str]:
@@ -119,6 +127,9 @@ def step_environment(run: RunConfig, master_address: str, master_port: int) -> d
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # submitit's, which hides every GPU
         if CALLERS_GPUS in environment:
             environment["CUDA_VISIBLE_DEVICES"] = environment[CALLERS_GPUS]
+    chosen = {**run.cluster.environment, **run.container.environment}
+    if "PYTHONPATH" in chosen and "PYTHONPATH" in environment:  # the code that was submitted, behind the user's own
+        chosen["PYTHONPATH"] += os.pathsep + environment["PYTHONPATH"]
     return {
         **environment,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -126,12 +137,18 @@ def step_environment(run: RunConfig, master_address: str, master_port: int) -> d
         "HF_HUB_OFFLINE": "1",  # a job downloads nothing
         "MASTER_ADDR": master_address,
         "MASTER_PORT": str(master_port),
-        **run.cluster.environment,
-        **run.container.environment,
+        **chosen,
     }
 
 
-def _srun(run: RunConfig) -> list[str]:
+def host_step(run: RunConfig, nodes: Sequence[str]) -> list[str]:
+    """One process on each node of the job, outside the container, beside whatever runs there."""
+    gpus = ["--gpus-per-node=0"] if run.cluster.gpus_per_node == 0 else []
+    size = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}"]
+    return ["srun", "--overlap", "--mem=0", "--kill-on-bad-exit=0", "--cpu-bind=none", *gpus, *size]
+
+
+def _srun(run: RunConfig, nodes: Sequence[str]) -> list[str]:
     """What srun is told again, since it takes nothing over from submitit's sizes."""
     size = [
         f"--nodes={run.trainer.num_nodes}",
@@ -140,6 +157,8 @@ def _srun(run: RunConfig) -> list[str]:
     ]
     if run.cluster.cpus_per_task is not None:
         size.append(f"--cpus-per-task={run.cluster.cpus_per_task}")
+    if nodes:
+        size.append(f"--nodelist={','.join(nodes)}")
     return ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--cpu-bind=none", *size]
 
 

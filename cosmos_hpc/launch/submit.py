@@ -1,235 +1,254 @@
 """Send runs to the scheduler, each once: finished and living runs are left alone."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.load import read_run_config, to_yaml
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atomically
-from cosmos_hpc.config.run_state import RunState, Status
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.launch.directives import directives
-from cosmos_hpc.launch.local import is_locked
+from cosmos_hpc.launch.after import jobs_before
+from cosmos_hpc.launch.batch import Batch, batches, single_scripts
+from cosmos_hpc.launch.limits import check_fits, largest_array
+from cosmos_hpc.launch.local import locked
+from cosmos_hpc.launch.marks import mark_sent, settle_locked
+from cosmos_hpc.launch.placement import PlacedRun, lay_out, left_the_sweep, place
 from cosmos_hpc.launch.provenance import provenance
-from cosmos_hpc.launch.queue import JobStatus, job_statuses
-from cosmos_hpc.launch.status import is_pending, newest_job
+from cosmos_hpc.launch.queue import cancel_jobs, own_jobs_by_script
+from cosmos_hpc.launch.snapshot import snapshot_folder, take_snapshot
+from cosmos_hpc.launch.status import cancel_all
 from cosmos_hpc.launch.step import CALLERS_GPUS
 
-if TYPE_CHECKING:  # takes half a second
-    import submitit
-
 MakeJob = Callable[[Path], Callable[[], None]]
-"""Turns a run folder into the callable that the scheduler runs."""
+"""Turns a run folder into the callable that runs it on this machine."""
 
 YEAR_MIN = 365 * 24 * 60
 """A local machine has no wall clock."""
 
+WRITERS = 16
+"""Run folders written at the same time: each waits for the disk, which may be at the other end of a network."""
+
+MENDS = {
+    "Invalid partition": "set cluster.partition",
+    "Invalid account": "set cluster.account, see `sacctmgr show associations`",
+    "Invalid qos": "set cluster.qos, see `sacctmgr show qos`",
+    "Invalid feature": "set cluster.constraint, see `sinfo --format=%f`",
+    "reservation": "set cluster.reservation, see `scontrol show reservations`",
+    "node configuration": "ask for less: trainer.devices, trainer.num_nodes, cluster.cpus_per_task, cluster.directives",
+    "Invalid node name": "set cluster.exclude, see `sinfo --Node`",
+    "time limit": "set cluster.time_limit_min",
+    "ubmit limit": "send fewer runs, or wait until others have ended",
+    "unrecognized option": "see cluster.directives",
+    "Unable to contact": "see `scontrol ping`",
+}
+"""What sbatch may say to what can be done about it."""
+
 
 @dataclass(frozen=True)
-class PlacedRun:
-    """A run, its folder, and what a submission would do with it."""
+class Submission:
+    """What a submission did."""
 
-    config: RunConfig
-    folder: RunFolder
-    action: str
-    """`start`, `resume`, `skip: finished`, `skip: running` or `skip: pending`."""
+    experiment: ExperimentFolder
+    """Where the runs lie."""
 
-    @property
-    def is_sent(self) -> bool:
-        """Whether a submission sends it."""
-        return not self.action.startswith("skip")
+    placed: list[PlacedRun]
+    """Every run of the experiment file."""
 
+    jobs: dict[str, str]
+    """Job id of each run sent, by the run's label."""
 
-def place(runs: Sequence[RunConfig], experiment: ExperimentFolder) -> list[PlacedRun]:
-    """Give each run its folder and see what is left to do for it. Writes nothing."""
-    folders = experiment.place(list(runs))
-    jobs = job_statuses(job for folder in folders if (job := _slurm_job(folder)))
-    return [
-        PlacedRun(run, folder, _action(folder, jobs.get(_slurm_job(folder) or "")))
-        for run, folder in zip(runs, folders, strict=True)
-    ]
+    left: list[RunFolder]
+    """Runs of earlier submissions that the sweep does not make any more."""
 
-
-def lay_out(run: RunConfig, folder: RunFolder, start: dict[str, Any] | None = None) -> RunConfig:
-    """Make the run folder with its settings and provenance, or bring an existing one up to date.
-
-    The number of sample streams is fixed by the first start that saved something, so that a resume is the same run.
-
-    Args:
-        run: its settings.
-        folder: where it goes.
-        start: from `provenance`, which takes a while and is the same for all runs of a submission; none: taken now.
-
-    Returns:
-        The settings as written.
-
-    Raises:
-        ConfigError: if the newest checkpoint can't be resumed with these settings.
-    """
-    streams: int | None = run.num_streams
-    checkpoint = folder.newest_checkpoint()
-    if checkpoint is not None:
-        _check_resume(run, folder)
-        streams = read_run_config(folder.config).data.num_streams
-    fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
-    write_atomically(folder.config, to_yaml(fixed))
-    starts = json.loads(folder.provenance.read_text()) if folder.provenance.exists() else []
-    write_atomically(folder.provenance, json.dumps([*starts, start or provenance()], indent=1))
-    return fixed
+    pruned: dict[RunFolder, str]
+    """What was done about them, where that was asked."""
 
 
 def submit(
-    placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None, make_job: MakeJob
-) -> dict[str, str]:
-    """Send the runs that are left to do, as one array.
+    runs: Sequence[RunConfig],
+    experiment: ExperimentFolder,
+    max_parallel: int | None,
+    make_job: MakeJob,
+    *,
+    retries_failed: bool = False,
+    prunes: bool = False,
+) -> Submission:
+    """Send the runs that are left to do, as one array for all that ask for the same.
 
     Args:
-        placed: from `place`.
-        experiment: where submitit's files and the table of submissions go.
+        runs: of one experiment file.
+        experiment: theirs.
         max_parallel: runs at the same time; none: no limit on a cluster, one on a local machine.
-        make_job: the supervisor of a run folder.
-
-    Returns:
-        Job id of each run sent, by the run's label.
+        make_job: the supervisor of a run folder, for runs of this machine.
+        retries_failed: whether failed runs are sent again.
+        prunes: whether living runs that left the sweep are cancelled.
 
     Raises:
-        ConfigError: if the scheduler refuses; its words are passed on.
+        ConfigError: if another submission is at work, or the scheduler refuses; nothing has been sent then.
     """
-    sent = [run for run in placed if run.is_sent]
-    if not sent:
-        return {}
-    start = provenance()
-    for run in sent:
-        lay_out(run.config, run.folder, start)
-    write_atomically(experiment.max_parallel, str(max_parallel or 1))
-    _note(experiment, {"time": time.time(), "runs": [run.folder.label for run in sent]})
-    ids: dict[str, str] = {}
-    for array in _arrays(sent, max_parallel):
-        for run in array:
-            run.folder.cancel_mark.unlink(missing_ok=True)
-            run.folder.pending_mark.touch()
-        try:
-            jobs = _send([make_job(run.folder.path) for run in array], array[0].config, experiment, max_parallel)
-        except BaseException:
-            for run in array:
-                run.folder.pending_mark.unlink(missing_ok=True)
-            raise
-        for run, job in zip(array, jobs, strict=True):
-            run.folder.pending_mark.write_text(job)
-            ids[run.folder.label] = job
-    _note(experiment, {"time": time.time(), "jobs": ids})
-    return ids
+    with locked(experiment.submit_lock, patience_s=1.0) as ours:
+        if not ours:
+            raise ConfigError(f"{experiment.name} is being submitted at this moment: look at it with `cosmos-hpc "
+                              f"status {experiment.name}` first")  # fmt: skip
+        settle_locked(experiment, own_jobs_by_script() if experiment.scripts.is_dir() else {})
+        placed = place(runs, experiment, retries_failed=retries_failed)
+        jobs = _send(placed, experiment, max_parallel, make_job)
+        left = left_the_sweep(placed, experiment)
+        pruned = cancel_all(left) if prunes else {}
+    return Submission(experiment, placed, jobs, left, pruned)
 
 
-def sbatch_scripts(placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None) -> list[str]:
-    """The text that `submit` would hand to sbatch, one for each array. Writes nothing.
+def planned_batches(placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None) -> list[Batch]:
+    """What `submit` would hand to sbatch. Writes nothing.
 
     Raises:
         ConfigError: if nothing is left to send, or the runs are processes of this machine.
     """
-    sent = [run for run in placed if run.is_sent]
+    sent = [(run.config, run.folder) for run in placed if run.is_sent]
     if not sent:
         raise ConfigError(f"{experiment.name} has nothing to send: see `cosmos-hpc status {experiment.name}`")
-    if sent[0].config.cluster.executor == "local":
+    if sent[0][0].cluster.executor == "local":
         raise ConfigError(f"{experiment.name} runs on this machine, without sbatch: name a profile, see slurm/*.yaml")
-    scripts = []
-    for array in _arrays(sent, max_parallel):
-        executor = _executor(array[0].config, experiment, max_parallel)._executor
-        if len(array) > 1:
-            executor.parameters["map_count"] = len(array)  # as submitit does for a batch
-        scripts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
-    return scripts
-
-
-def _arrays(sent: Sequence[PlacedRun], max_parallel: int | None) -> list[list[PlacedRun]]:
-    """Runs that ask for the same of the scheduler, together."""
-    groups: dict[str, list[PlacedRun]] = {}
-    for run in sent:
-        groups.setdefault(json.dumps(directives(run.config, max_parallel), sort_keys=True), []).append(run)
-    return list(groups.values())
-
-
-def _check_resume(run: RunConfig, folder: RunFolder) -> None:
-    """Refuse before anything is written what the ranks would refuse after their start."""
-    streams, ranks = read_run_config(folder.config).num_streams, run.trainer.world_size
-    if streams and streams % ranks:
-        fitting = ", ".join(str(number) for number in range(1, streams + 1) if streams % number == 0)
-        raise ConfigError(
-            f"{folder.label} shares its data among {streams} streams since its first start, which {ranks} ranks "
-            f"(trainer.devices x trainer.num_nodes) can't divide evenly: use {fitting}"
-        )
-
-
-def _slurm_job(folder: RunFolder) -> str | None:
-    """The newest job of a run that was sent to SLURM; its settings may name another executor by now."""
-    job = newest_job(folder)
-    return job if job and read_run_config(folder.config).cluster.executor == "slurm" else None
-
-
-def _action(folder: RunFolder, job: JobStatus | None) -> str:
-    state = RunState.read(folder.state)
-    if job is not None and not job.is_over:
-        return "skip: pending" if job.state == "PENDING" else "skip: running"
-    if is_locked(folder.supervisor_lock):
-        return "skip: running"
-    if job is None and is_pending(folder):
-        return "skip: pending"
-    if state is not None and state.status == Status.FINISHED:
-        return "skip: finished"
-    return "start" if folder.newest_checkpoint() is None else "resume"
+    code, num_living = snapshot_folder(experiment), len(_living(placed))
+    return batches(sent, code, max_parallel, largest=largest_array(), num_living=num_living)
 
 
 def _send(
-    jobs: Sequence[Callable[[], None]], run: RunConfig, experiment: ExperimentFolder, max_parallel: int | None
-) -> list[str]:
-    import submitit
+    placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None, make_job: MakeJob
+) -> dict[str, str]:
+    sent = [run for run in placed if run.is_sent]
+    if not sent:
+        return {}
+    local = [run for run in sent if run.config.cluster.executor == "local"]
+    if local and len(local) < len(sent):
+        raise ConfigError("sweep: cluster.executor varies, but a sweep runs in one place: make two experiments")
+    before = jobs_before(sent[0].config.after, is_local=bool(local))
+    if not local:
+        check_fits([run.config for run in sent])
+    code = take_snapshot(experiment)
+    start = {**provenance(), "code": str(code)}
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda run: lay_out(run.config, run.folder, start), sent))
+    for run in sent:
+        run.folder.cancel_mark.unlink(missing_ok=True)
+    if local:
+        write_atomically(experiment.max_parallel, str(max_parallel or 1))
+        return _start_here(local, experiment, code, make_job)
+    return _send_to_slurm(sent, experiment, max_parallel, code, before, _living(placed))
 
-    executor = _executor(run, experiment, max_parallel)
-    shield = _shielded() if run.cluster.executor == "local" else contextlib.nullcontext()
+
+def _living(placed: Sequence[PlacedRun]) -> list[str]:
+    return [run.living_job for run in placed if run.living_job]
+
+
+def _send_to_slurm(
+    sent: Sequence[PlacedRun],
+    experiment: ExperimentFolder,
+    max_parallel: int | None,
+    code: Path,
+    before: Sequence[str],
+    living: Sequence[str],
+) -> dict[str, str]:
+    """Hand everything to sbatch, or nothing: what it refuses takes back what it took before."""
+    runs = [(run.config, run.folder) for run in sent]
+    arrays = batches(runs, code, max_parallel, largest=largest_array(), num_living=len(living))
+    experiment.submitit.mkdir(parents=True, exist_ok=True)  # a job that can't open its log fails without a word
+    for folder, text in single_scripts(runs, code).items():
+        folder.script.write_text(text)
+    for array in arrays:
+        write_atomically(array.script, array.text)
+        _sbatch("--test-only", str(array.script))
+    _note(experiment, {"time": time.time(), "scripts": {a.script.name: [run.label for run in a.runs] for a in arrays}})
+    ids: dict[str, str] = {}
+    last = sorted({job.partition("_")[0] for job in living})
+    for array in arrays:
+        for folder in array.runs:
+            folder.pending_mark.write_text("")
+        try:
+            job = _sbatch(*_dependency(before, last if array.follows else ()), str(array.script))
+        except ConfigError:
+            cancel_jobs(sorted({job.partition("_")[0] for job in ids.values()}))
+            for run in sent:
+                run.folder.pending_mark.unlink(missing_ok=True)
+            raise
+        sent_as = array.ids(job)
+        for folder in array.runs:
+            mark_sent(folder, sent_as[folder.label])
+        ids |= sent_as
+        last = [job]
+    _note(experiment, {"time": time.time(), "jobs": ids})
+    return ids
+
+
+def _dependency(well: Sequence[str], ended: Sequence[str]) -> list[str]:
+    """Options of sbatch for jobs that have to end well, and for jobs that have to end somehow."""
+    parts = [":".join([kind, *jobs]) for kind, jobs in (("afterok", well), ("afterany", ended)) if jobs]
+    words = [f"--dependency={','.join(parts)}"] if parts else []
+    return [*words, "--kill-on-invalid-dep=yes"] if well else words  # else it would be pending for ever
+
+
+def _sbatch(*arguments: str) -> str:
+    """The job that sbatch has made of a script; in its own words why not.
+
+    Raises:
+        ConfigError: with them, and what can be done.
+    """
     try:
-        with shield, executor.batch():
-            submitted = [executor.submit(job) for job in jobs]
-    except submitit.core.utils.FailedJobError as error:
-        raise ConfigError(f"sbatch refused {run.name}: {' '.join(str(error).split())}") from None
-    return [job.job_id for job in submitted]
+        done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError("cluster.executor is slurm, but there is no sbatch here: set `cluster: local`") from None
+    if done.returncode:
+        words = " ".join(done.stderr.replace("sbatch: error: ", "").partition("Try ")[0].split())
+        mend = next((mend for part, mend in MENDS.items() if part in words), "see the profile under `cluster`")
+        raise ConfigError(f"sbatch refused {arguments[-1]}: {words}: {mend}; nothing was sent")
+    return done.stdout.strip().partition(";")[0]
 
 
-def _executor(run: RunConfig, experiment: ExperimentFolder, max_parallel: int | None) -> "submitit.AutoExecutor":
-    """Submitit with the options of a run; it makes no folder before it sends."""
-    import submitit
+def _start_here(
+    sent: Sequence[PlacedRun], experiment: ExperimentFolder, code: Path, make_job: MakeJob
+) -> dict[str, str]:
+    """Start a supervisor for each run on this machine; they take turns by themselves."""
+    import submitit  # takes half a second
 
-    try:
-        executor = submitit.AutoExecutor(folder=experiment.submitit, cluster=run.cluster.executor)
-    except RuntimeError as error:
-        raise ConfigError(f"cluster.executor is slurm, but {error} Set `cluster: local` for this machine") from None
-    if run.cluster.executor == "local":
-        executor.update_parameters(name=run.name, timeout_min=YEAR_MIN)
-    else:
-        executor.update_parameters(**directives(run, max_parallel))
-    return executor
+    executor = submitit.LocalExecutor(folder=experiment.submitit)
+    executor.update_parameters(timeout_min=YEAR_MIN)
+    ids = {}
+    for run in sent:
+        run.folder.pending_mark.write_text("")
+    with _shielded(code):
+        for run in sent:
+            ids[run.folder.label] = job = executor.submit(make_job(run.folder.path)).job_id
+            mark_sent(run.folder, job)
+    _note(experiment, {"time": time.time(), "jobs": ids})
+    return ids
 
 
 @contextlib.contextmanager
-def _shielded() -> Iterator[None]:
+def _shielded(code: Path) -> Iterator[None]:
     """Processes started inside outlive Ctrl-C and the closing of the terminal, as jobs of a cluster do.
 
-    They learn which GPUs the caller sees by another name, since submitit overwrites the usual one.
+    They run a snapshot of the code, and learn which GPUs the caller sees by another name, since submitit overwrites
+    the usual one.
     """
     kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        os.environ[CALLERS_GPUS] = os.environ["CUDA_VISIBLE_DEVICES"]
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if "CUDA_VISIBLE_DEVICES" in before:
+        os.environ[CALLERS_GPUS] = before["CUDA_VISIBLE_DEVICES"]
     try:
         yield
     finally:
-        os.environ.pop(CALLERS_GPUS, None)
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH", CALLERS_GPUS):
+            os.environ.pop(name, None)
+            os.environ |= {name: before[name]} if name in before else {}
         for number, handler in kept.items():
             signal.signal(number, handler)
 

@@ -22,6 +22,7 @@ from cosmos_hpc.training.background_write import BackgroundWrite, use_plain_queu
 from cosmos_hpc.training.checkpoint_files import BestBy, damage, publish, remove_unfinished, set_aside
 from cosmos_hpc.training.lean_import import lean_import
 from cosmos_hpc.training.parallel import Groups, cuda_calls_on
+from cosmos_hpc.training.preemption import FileRequest
 from cosmos_hpc.training.random_state import random_state, restore_random_state
 
 with lean_import():
@@ -66,6 +67,7 @@ class CheckpointStore:
         self._config = config
         self._groups = groups
         self._begun = time.monotonic()
+        self._request = FileRequest(folder.save_request)
         self._write: BackgroundWrite | None = None
         self._removal: threading.Thread | None = None
         self._target = Path()
@@ -89,9 +91,10 @@ class CheckpointStore:
 
     @property
     def wants_save(self) -> bool:
-        """Whether `every_n_minutes` have passed on this rank's clock since a save began; rank 0's counts."""
+        """Whether a person asks for a save, or `every_n_minutes` have passed since one began; rank 0's view counts."""
         minutes = (time.monotonic() - self._begun) / 60
-        return self._groups.rank.is_first and minutes >= self._config.checkpoint.every_n_minutes
+        is_time = minutes >= self._config.checkpoint.every_n_minutes
+        return self._groups.rank.is_first and (is_time or self._request.is_there)
 
     @property
     def is_writing(self) -> bool:
@@ -138,6 +141,8 @@ class CheckpointStore:
         """
         self.finish(may_fail=True)
         self._begun = time.monotonic()
+        if self._groups.rank.is_first:
+            self._request.take()
         target = self._folder.checkpoint(state.step)
         unfinished = _unfinished(target)
         if self._groups.from_first(target.exists()):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from events import Events
 from slurm_cluster import Flavor, SlurmCluster, running, what_is_missing
 
 REQUIRED = "COSMOS_HPC_REQUIRES_CLUSTER"
@@ -23,6 +24,16 @@ def cluster_of() -> Iterator[Callable[[Flavor], SlurmCluster]]:
             return living[flavor]
 
         yield started
+
+
+@pytest.fixture(scope="session")
+def events(request: pytest.FixtureRequest) -> Iterator[Events]:
+    """Rows of the table of events, which is printed at the end of the session."""
+    rows = Events()
+    yield rows
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        reporter.write_line(f"\n{rows.table()}")
 
 
 @pytest.fixture

@@ -50,16 +50,26 @@ def wait_for_end(cluster: SlurmCluster, folder: RunFolder, *states: str) -> None
 
 
 def steps(folder: RunFolder) -> list[int]:
-    return [line["step"] for line in _metrics(folder) if "loss" in line]
+    return [line["step"] for line in metrics(folder) if "loss" in line]
+
+
+def steps_of_attempt(folder: RunFolder, attempt: int) -> list[int]:
+    return [line["step"] for line in metrics(folder) if "loss" in line and line["attempt"] == attempt]
 
 
 def losses(folder: RunFolder) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in _metrics(folder) if "loss" in line]
+    return [(line["step"], line["loss"]) for line in metrics(folder) if "loss" in line]
 
 
 def outcomes(folder: RunFolder) -> list[str | None]:
     state = RunState.read(folder.state)
     return [attempt.outcome for attempt in state.attempts] if state else []
+
+
+def on_node(cluster: SlurmCluster, job: str, node: str, *command: str) -> None:
+    """Run a command inside a node of a job, whose process ids are its own."""
+    inside = ["srun", f"--jobid={job}", "--overlap", "--mem=1", "--nodes=1", "--ntasks=1", f"--nodelist={node}"]
+    cluster.call(*inside, *command)
 
 
 def story(cluster: SlurmCluster, folder: RunFolder) -> str:
@@ -71,7 +81,7 @@ def story(cluster: SlurmCluster, folder: RunFolder) -> str:
     return "\n".join([cluster.queue(), *rows, state, *words])
 
 
-def _metrics(folder: RunFolder) -> list[dict]:
+def metrics(folder: RunFolder) -> list[dict]:
     if not folder.metrics.exists():
         return []
     lines = folder.metrics.read_text().splitlines(keepends=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from runs import cosmos_hpc, job_id, outcomes, steps, story, submit, wait_for_end, wait_for_step
-from slurm_cluster import Flavor, SlurmCluster, wait_until
+from slurm_cluster import Flavor, wait_until
 from slurm_files import CRED_EXPIRE_S
 
 from cosmos_hpc.config.run_folder import RunFolder, runs_folder
@@ -21,25 +21,27 @@ STAND_IN = Path(__file__).parent / "stand_in"
 
 @pytest.fixture
 def counting_job(quick_job: Path) -> Path:
-    """A job of two ranks on two nodes that count 60 steps in some 12 s."""
+    """A job of two ranks on two nodes that count 30 steps in some 6 s."""
     cluster = f"{{executor: slurm, partition: low, time_limit_min: 30, environment: {{PYTHONPATH: {STAND_IN}}}}}"
     text = quick_job.read_text().replace("cluster: local", f"cluster: {cluster}")
     quick_job.write_text(
-        text.replace("devices: 2", "devices: 1, num_nodes: 2").replace("max_steps: 24", "max_steps: 60")
+        text.replace("devices: 2", "devices: 1, num_nodes: 2").replace("max_steps: 24", "max_steps: 30")
     )
     return quick_job
 
 
 @ON_EACH_FLAVOR
-def test_a_preempted_run_leaves_by_itself_and_goes_on_where_it_was(slurm_cluster, counting_job, tmp_path):
+def test_a_preempted_run_leaves_by_itself_and_goes_on_where_it_was(slurm_cluster, counting_job, tmp_path, events):
     (folder,) = submit(counting_job, "preempted")
     wait_for_step(slurm_cluster, folder, 3)
-    high = slurm_cluster.sbatch("sleep 1", "--partition=high", "--nodes=4", "--exclusive", output=tmp_path / "high.out")
-    slurm_cluster.wait_for_state(high, "COMPLETED")
+    with events.event(slurm_cluster, folder, "preemption", ranks="stand-in"):
+        high = slurm_cluster.sbatch(
+            "true", "--partition=high", "--nodes=4", "--exclusive", output=tmp_path / "high.out"
+        )
+        slurm_cluster.wait_for_state(high, "COMPLETED")
     wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
-    first = "time_limit" if slurm_cluster.flavor.preempts_by_user_signal else "preempted"
-    assert outcomes(folder) == [first, "finished"], story(slurm_cluster, folder)
-    assert steps(folder) == list(range(1, 61))
+    assert outcomes(folder) == ["preempted", "finished"], story(slurm_cluster, folder)
+    assert steps(folder) == list(range(1, 31))
     assert slurm_cluster.job(job_id(folder)).restarts == 1
 
 
@@ -60,10 +62,12 @@ def test_a_run_that_somebody_ends_by_scancel_saves_and_never_comes_back(slurm_cl
     wait_for_step(slurm_cluster, folder, 3)
     slurm_cluster.call("scancel", job_id(folder))
     wait_for_end(slurm_cluster, folder, "CANCELLED")
+    assert RunState.read(folder.state).status == "cancelled", story(slurm_cluster, folder)
+    assert outcomes(folder) == ["cancelled"], story(slurm_cluster, folder)
+    assert run_status(folder).status == "cancelled"
     time.sleep(CRED_EXPIRE_S + 5)  # until then a requeued job may not start
     assert (slurm_cluster.job(job_id(folder)).state, slurm_cluster.job(job_id(folder)).restarts) == ("CANCELLED", 0)
     assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
-    assert run_status(folder).is_over
 
 
 def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster, counting_job, tmp_path):
@@ -74,6 +78,8 @@ def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster
     (folder,) = submit(counting_job, "waiting")
     assert (run_status(folder).status, run_status(folder).job.state) == ("pending", "PENDING")
     assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting")
+    assert "waits in the queue: " in cosmos_hpc("explain", "waiting")
+    assert "waits in the queue already" in cosmos_hpc("requeue", "waiting")
     assert "will not start" in cosmos_hpc("cancel", "waiting")
     wait_for_end(slurm_cluster, folder, "CANCELLED")
     assert run_status(folder).status == "cancelled"
@@ -91,33 +97,27 @@ def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster
     assert slurm_cluster.job(job_id(folder)).restarts == 1
 
 
-def test_only_the_element_that_was_requeued_starts_again(slurm_cluster, counting_job):
-    counting_job.write_text(counting_job.read_text() + "sweep: {grid: {trainer.seed: [0, 1, 2]}, max_parallel: 3}\n")
+def test_only_the_element_of_an_array_that_is_requeued_starts_again(slurm_cluster, counting_job):
+    sweep = "sweep: {grid: {trainer.seed: [0, 1, 2, 3, 4, 5]}, max_parallel: 2}\n"
+    counting_job.write_text(counting_job.read_text().replace("max_steps: 30", "max_steps: 20") + sweep)
     planned = cosmos_hpc("plan", counting_job, "name=array", "--script")
     assert not (runs_folder() / "array").exists()
+    assert "#SBATCH --array=0-5%2" in planned
     folders = submit(counting_job, "array")
-    assert {file.read_text() + "\n" for file in folders[0].experiment.submitit.glob("*.sh")} == {planned}
-    assert "#SBATCH --array=0-2%3" in planned
+    assert {file.read_text() for file in folders[0].experiment.scripts.glob("*.sh")} == {planned}
     last = folders[-1]  # its raw id is the array's
     wait_for_step(slurm_cluster, last, 3)
-    slurm_cluster.call("scancel", "--signal=USR2", job_id(last))
+    assert "asked to save and to start again" in cosmos_hpc("requeue", last.label)
     for folder in folders:
         wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
     told = {folder.label: (outcomes(folder), slurm_cluster.job(job_id(folder)).restarts) for folder in folders}
-    assert list(told.values()) == [(["finished"], 0)] * 2 + [(["time_limit", "finished"], 1)], told
+    expected = [(["finished"], 0)] * 6
+    expected[-1] = (["requeued", "finished"], 1)
+    assert list(told.values()) == expected, told
+    assert most_at_once(folders) == 2
 
 
-def test_a_killed_supervisor_comes_back_through_the_queue(slurm_cluster, counting_job):
-    (folder,) = submit(counting_job, "killed")
-    wait_for_step(slurm_cluster, folder, 3)
-    kill_supervisor(slurm_cluster, folder)
-    wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
-    assert outcomes(folder) == ["supervisor_killed", "finished"], story(slurm_cluster, folder)
-    assert steps(folder)[-1] == 60
-
-
-def kill_supervisor(cluster: SlurmCluster, folder: RunFolder) -> None:
-    """From inside its node, since process ids are the node's own."""
-    state = RunState.read(folder.state)
-    inside = ["srun", f"--jobid={job_id(folder)}", "--overlap", "--mem=1", "--nodes=1", "--ntasks=1"]
-    cluster.call(*inside, f"--nodelist={state.attempts[-1].host}", "kill", "-KILL", str(state.pid))
+def most_at_once(folders: list[RunFolder]) -> int:
+    """How many runs had living ranks at the same time."""
+    spans = [(one.started, one.ended) for folder in folders for one in RunState.read(folder.state).attempts]
+    return max(sum(begin <= start < end for begin, end in spans) for start, _ in spans)

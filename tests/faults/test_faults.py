@@ -17,7 +17,7 @@ from cosmos_hpc.config.load import load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, RunState, Status
 from cosmos_hpc.config.sweep import expand
-from cosmos_hpc.launch.submit import lay_out
+from cosmos_hpc.launch.placement import lay_out
 from cosmos_hpc.tokenizer import load_tokenizer
 
 COUNT = int(os.environ.get("COSMOS_HPC_FAULTS", "8"))

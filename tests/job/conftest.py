@@ -37,7 +37,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         config = RunConfig(
             data=DataConfig(global_batch_size=len(scripts[0])),
             trainer=TrainerConfig(devices=len(scripts[0])),
-            cluster=ClusterConfig(restarts=restarts, **cluster),
+            cluster=ClusterConfig(restarts=restarts, **{"health_check_s": 0.0, **cluster}),
         )
         folder.config.write_text(to_yaml(config))
         double = Path(__file__).with_name("double_ranks.py")

@@ -194,8 +194,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the supervisor asks of SLURM, where there is none: each call as a line; a requeue ends the job."""
     said, tools = tmp_path / "said", tmp_path / "bin"
     tools.mkdir()
-    answers = {"scontrol": "kill -KILL $PPID", "scancel": ":"}
-    answers["squeue"] = 'case "$*" in *%T*) echo RUNNING;; *) echo 70_3.batch; echo 70_3.0; echo 70_3.1;; esac'
+    node = "echo JobState=RUNNING Restarts=0 NodeList=node0 EndTime=Unknown"
+    answers = {"scontrol": f'case "$*" in requeue*) kill -KILL $PPID;; show\\ job*) {node};; *) echo node0;; esac'}
+    answers["squeue"] = "echo 70_3.batch; echo 70_3.0; echo 70_3.1"
+    answers["sinfo"] = "echo node0; echo node1"
     answers["scancel"] = f'case "$1" in *KILL) kill -KILL $(cat {tmp_path}/launcher);; esac'
     for name, answer in answers.items():
         (tools / name).write_text(BIN.format(said=said, answer=answer))
@@ -220,7 +222,7 @@ def test_on_slurm_preemption_time_limit_and_a_bad_node_go_back_to_the_queue(
     play = start([first], executor="slurm")
     assert play.end() == -signal.SIGKILL
     asked = slurm.read_text().splitlines()
-    assert [line for line in asked if line.startswith("scontrol")] == ["scontrol requeue 70_3"]
+    assert [line for line in asked if "show" not in line and "sinfo" not in line] == ["scontrol requeue 70_3"]
     assert (play.state.status, play.outcomes) == (Status.WAITING, [ending])
 
 
@@ -230,7 +232,7 @@ def test_on_slurm_a_fault_that_leaves_the_nodes_healthy_restarts_in_the_same_all
     play = start([[["fail", "RuntimeError", GLOO, 4]]], DONE[:1], executor="slurm")
     assert play.end() == 0
     assert play.outcomes == ["lost_ranks", "finished"]
-    assert not slurm.exists()
+    assert all("scontrol show" in line for line in slurm.read_text().splitlines())
 
 
 def test_on_slurm_a_hung_step_is_asked_for_stacks_and_killed_by_its_own_id(

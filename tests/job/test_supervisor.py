@@ -18,7 +18,7 @@ from cosmos_hpc.config.sweep import expand
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.local import children, is_locked
 from cosmos_hpc.launch.status import cancel, run_status
-from cosmos_hpc.launch.submit import place, submit
+from cosmos_hpc.launch.submit import submit
 
 LIMIT_S = 180
 
@@ -28,9 +28,8 @@ def send(job: Path, *overrides: str) -> list[RunFolder]:
     experiment_file = load_experiment(job, overrides)
     runs = [run.config for run in expand(experiment_file)]
     experiment = ExperimentFolder(runs_folder() / runs[0].name)
-    placed = place(runs, experiment)
-    submit(placed, experiment, experiment_file.sweep.max_parallel, Supervisor)
-    return [run.folder for run in placed if run.is_sent]
+    sent = submit(runs, experiment, experiment_file.sweep.max_parallel, Supervisor)
+    return [run.folder for run in sent.placed if run.is_sent]
 
 
 def wait_until(happened: Callable[[], bool], folder: RunFolder) -> None:

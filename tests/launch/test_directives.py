@@ -10,8 +10,9 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.launch.directives import directives
+from cosmos_hpc.launch.placement import PlacedRun
 from cosmos_hpc.launch.step import step_command, step_environment
-from cosmos_hpc.launch.submit import PlacedRun, sbatch_scripts
+from cosmos_hpc.launch.submit import planned_batches
 
 SIZE = ["data.path=/data/roads", "trainer.num_nodes=2", "trainer.devices=8", "data.global_batch_size=64"]
 
@@ -65,9 +66,9 @@ def test_a_plan_without_anything_for_sbatch_says_so(tmp_path):
     experiment = ExperimentFolder(tmp_path / "roads")
     placed = [PlacedRun(run("cluster.executor=local"), RunFolder(tmp_path / "roads/000-a"), "start")]
     with pytest.raises(ConfigError, match="runs on this machine"):
-        sbatch_scripts(placed, experiment, None)
+        planned_batches(placed, experiment, None)
     with pytest.raises(ConfigError, match="nothing to send: see `cosmos-hpc status roads`"):
-        sbatch_scripts([PlacedRun(run(), RunFolder(tmp_path / "roads/000-a"), "skip: finished")], experiment, None)
+        planned_batches([PlacedRun(run(), RunFolder(tmp_path / "roads/000-a"), "skip: finished")], experiment, None)
 
 
 def test_srun_repeats_the_size_and_runs_one_task_a_gpu():

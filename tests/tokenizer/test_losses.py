@@ -177,7 +177,8 @@ def test_vgg_never_sees_more_frames_than_a_chunk_and_the_clip_gets_no_graph(vgg,
 )
 def test_features_alone_are_compared_in_ranges_of_frames_or_some_clips_at_a_time(vgg, chunk_frames, expected):
     clips, reconstructions = torch.rand(2, 3, 3, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    eye, shapes = Eye(vgg, chunk_frames), []
+    clips, reconstructions = clips.double(), reconstructions.double()  # no sign or largest value hangs on rounding
+    eye, shapes = Eye(vgg.double(), chunk_frames), []
     compare = FeatureDistance(vgg)
 
     def noted(expected, seen):
@@ -190,8 +191,9 @@ def test_features_alone_are_compared_in_ranges_of_frames_or_some_clips_at_a_time
     assert shapes == expected
     other = torch.zeros_like(clips)
     whole = Eye(vgg, 99).differentiate(clips, reconstructions, other, lpips=0.1, gram=0.0).lpips
-    assert value.item() == pytest.approx(whole.item(), rel=1e-5)
-    assert error(gradient, other.numpy()) < 1e-5
+    vgg.float()
+    assert value.item() == pytest.approx(whole.item(), rel=1e-9)
+    assert error(gradient, other.numpy()) < 1e-9
 
 
 def flow_double(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:

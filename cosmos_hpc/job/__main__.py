@@ -1,0 +1,14 @@
+"""What a batch script starts: the supervisor of one run."""
+
+import sys
+from pathlib import Path
+
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.job import Supervisor
+from cosmos_hpc.launch.marks import forget_earlier_cancel
+from cosmos_hpc.launch.step import slurm_job_id
+
+if __name__ == "__main__":
+    folder = RunFolder(Path(sys.argv[1]))
+    forget_earlier_cancel(folder, slurm_job_id())
+    Supervisor(folder.path)()
