@@ -1,11 +1,17 @@
 """What the poller says of jobs, in one call for all of them."""
 
+import json
+import resource
 import time
 
 import pytest
+from runs import cosmos_hpc
 from slurm_cluster import wait_until
 
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.config.load import to_yaml
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.schema import ClusterConfig, RunConfig
 from cosmos_hpc.launch.queue import _accounted, cancel_jobs, job_statuses, requeue_own_job
 
 pytestmark = pytest.mark.slurm
@@ -42,13 +48,23 @@ def test_jobs_are_told_from_queue_and_accounting_through_requeue_and_cancel(slur
     assert all(status.is_over for status in job_statuses(elements).values())
 
 
-def test_a_thousand_pending_runs_are_told_in_one_call(slurm_cluster, tmp_path):
-    array = slurm_cluster.sbatch("sleep 60", "--array=0-999%1", output=tmp_path / "array.out")
-    elements = [f"{array}_{index}" for index in range(1000)]
-    started = time.monotonic()
-    found = job_statuses(elements)
-    print(f"{len(found)} runs in {time.monotonic() - started:.2f} s")
-    assert sum(status.state == "PENDING" for status in found.values()) >= 999
+def test_a_thousand_pending_runs_are_told_in_one_call(slurm_cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    array = slurm_cluster.sbatch("sleep 60", "--array=0-999%1", "--hold", output=tmp_path / "array.out")
+    settings = to_yaml(RunConfig(cluster=ClusterConfig(executor="slurm")))
+    for index in range(1000):
+        folder = RunFolder(tmp_path / "runs" / "thousand" / f"{index:03d}-{index:08x}")
+        folder.path.mkdir(parents=True)
+        folder.config.write_text(settings)
+        folder.pending_mark.write_text(f"{array}_{index}")
+    began, spent = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    rows = json.loads(cosmos_hpc("status", "thousand", "--json"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own_s = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
+    print(f"{len(rows)} runs in {time.monotonic() - began:.2f} s, {own_s:.2f} s of them on the processor")
+    assert [row["status"] for row in rows] == ["pending"] * 1000
+    assert {row["job"]["state"] for row in rows} == {"PENDING"}
+    assert {row["job"]["reason"] for row in rows} == {"JobHeldUser"}
 
 
 def test_a_controller_that_does_not_answer_is_an_error_and_not_an_empty_queue(slurm_cluster, tmp_path, monkeypatch):

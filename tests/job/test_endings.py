@@ -259,3 +259,18 @@ def test_on_slurm_a_supervisor_that_is_killed_again_and_again_stops(start: Start
     assert Play(play.folder).end() == 1
     assert play.state.status == Status.FAILED
     assert "number 2 without a new checkpoint" in play.state.attempts[-1].message
+
+
+def test_on_slurm_a_supervisor_that_died_in_a_preemption_uses_up_no_budget(start: Start, slurm: Path) -> None:
+    sacct = slurm.with_name("bin") / "sacct"
+    sacct.write_text("#!/bin/sh\necho 'PREEMPTED|0:9|2026-01-01T10:00:00|2026-01-01T10:30:01|node0'\n")
+    sacct.chmod(0o755)
+    none = {"supervisor_killed": 0}
+    play = start([[["sleep", 60]]], DONE[:1], executor="slurm", restarts=none)
+    wait_for(play.folder.rank_log(0, 0))
+    os.kill(play.pid, signal.SIGKILL)
+    assert play.end() == -signal.SIGKILL
+    again = Play(play.folder)
+    assert again.end() == 0
+    assert again.outcomes == ["preempted", "finished"]
+    assert again.state.attempts[0].followed == "was requeued by SLURM"

@@ -17,6 +17,7 @@ from cosmos_hpc.config.run_state import RunState
 from cosmos_hpc.config.sweep import expand
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.local import children, is_locked
+from cosmos_hpc.launch.requests import checkpoint_now, requeue, wait_for_save
 from cosmos_hpc.launch.status import cancel, run_status
 from cosmos_hpc.launch.submit import submit
 
@@ -100,6 +101,17 @@ def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     saved_at = RunState.read(preempted.state).attempts[0].step
     assert 3 <= saved_at < 24
     assert losses(preempted) == losses(unbroken)
+
+    (asked,) = send(quick_job, "name=asked", "trainer.max_steps=80")
+    wait_for_step(asked, 3)
+    assert checkpoint_now(asked) == "asked to save after its next step"
+    assert wait_for_save(asked, before=0).startswith("saved in ")
+    assert len(RunState.read(asked.state).attempts) == 1, "it goes on after the checkpoint"
+    assert requeue(asked) == "asked to save and to start again"
+    wait_for_end(asked)
+    assert outcomes(asked) == ["requeued", "finished"], words(asked)
+    assert losses(asked)[:24] == losses(unbroken)
+    assert not asked.requeue_request.exists()
 
     (killed,) = send(quick_job, "name=killed")
     wait_for_step(killed, 12)

@@ -7,6 +7,7 @@ import pytest
 from forked_ranks import start_ranks
 
 from cosmos_hpc.ranks import Rank
+from cosmos_hpc.training import preemption
 from cosmos_hpc.training.parallel import free_port
 from cosmos_hpc.training.preemption import OUTCOMES, Outcome, StopRequest
 
@@ -54,6 +55,16 @@ def test_a_forked_worker_does_not_take_the_signal_for_the_rank(stop):
     os.wait()
     assert os.read(read, 1) == b"1"
     assert OUTCOMES[stop.code] is None
+
+
+def test_a_file_asks_to_start_again_and_any_signal_is_stronger(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "LOOK_S", 0.0)
+    stop.look_for(tmp_path / "requeue_now")
+    assert OUTCOMES[stop.code] is None
+    (tmp_path / "requeue_now").touch()
+    assert OUTCOMES[stop.code] is Outcome.REQUEUED
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert OUTCOMES[stop.code] is Outcome.TIME_LIMIT
 
 
 def exchange_on_rank(index: int, port: int, out: Path) -> None:
