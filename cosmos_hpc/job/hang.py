@@ -1,5 +1,6 @@
 """Ranks without a sign of life: noticed by the supervisor's own clock, with a limit learned from what was seen."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ from cosmos_hpc.config.schema import HangConfig
 
 STACKS_S = 10.0
 """How long ranks have to print their stacks."""
+
+PY_SPY_S = 10.0
+"""How long py-spy may take for one rank."""
 
 QUIET_S = 1.0
 """Logs that have not grown for so long hold what will come."""
@@ -146,7 +150,8 @@ def dump_with_py_spy(pids: Sequence[int], output: IO[str]) -> None:
     if tool := shutil.which("py-spy"):
         for pid in pids:
             command = [tool, "dump", "--nonblocking", "--pid", str(pid)]
-            subprocess.run(command, stdout=output, stderr=output, timeout=STACKS_S, check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, stdout=output, stderr=output, timeout=PY_SPY_S, check=False)
 
 
 def _read_from(log: Path, size: int) -> str:

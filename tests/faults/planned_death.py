@@ -40,7 +40,7 @@ def prepare(rank: int) -> None:
     removing = shutil.rmtree
 
     def remove(path: Path, *args: Any, **kwargs: Any) -> None:
-        if "partial" in Path(path).name and any(Path(path).glob("*")):
+        if "partial" in Path(path).name and PLAN.exists() and any(Path(path).glob("*")):
             next(Path(path).glob("*")).unlink()  # half gone
             _die_if_planned(rank, "pruning")
         removing(path, *args, **kwargs)

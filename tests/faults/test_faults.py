@@ -21,7 +21,7 @@ from cosmos_hpc.launch.submit import lay_out
 from cosmos_hpc.tokenizer import load_tokenizer
 
 COUNT = int(os.environ.get("COSMOS_HPC_FAULTS", "8"))
-STEPS = 7 * COUNT
+STEPS = 4 * COUNT + 24
 DISK_MIB = 96
 
 
@@ -82,8 +82,9 @@ def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path,
                 attempt = victim.wait_for_steps(generator.randint(1, 3))
                 began = time.monotonic()
                 fault.strike(victim)
-                if fault.is_new_attempt:
+                if fault.ending is not None:
                     victim.wait_for_recovery(attempt)
+                    assert victim.ending(attempt) is fault.ending, (fault.name, victim.said[-2000:])
                 wait_s.append(time.monotonic() - began)
                 print(f"{fault.name} at step {victim.step}: trains again after {wait_s[-1]:.1f} s", flush=True)
             victim.supervisor.join()
