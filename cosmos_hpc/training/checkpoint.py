@@ -1,5 +1,6 @@
 """Checkpoints by Megatron-Core: written while training goes on, published by one rename, verified at each start."""
 
+import io
 import json
 import logging
 import math
@@ -190,7 +191,7 @@ class CheckpointStore:
                 async_sharded_save=True,
             )
             self._is_first_save = False
-            small = {RANKS_FILE: own, COMMON_STATE_FNAME: common.call_args.args[0]}
+            small = {RANKS_FILE: _packed(own), COMMON_STATE_FNAME: _packed(common.call_args.args[0])}
             extra = partial(self._write_small_files, unfinished, small) if self._groups.rank.is_first else list
             self._write = BackgroundWrite(request, extra, unfinished, self._groups.rank.rank)
         self._target = target
@@ -361,13 +362,12 @@ class CheckpointStore:
         self._remove_unfinished()
         return f"No space left on device, {free >> 20} MiB are free and it takes {needed >> 20} MiB"
 
-    def _write_small_files(self, folder: Path, contents: dict[str, Any]) -> list[Path]:
+    def _write_small_files(self, folder: Path, contents: dict[str, bytes]) -> list[Path]:
         """Rank 0's part beside the tensors, in its writer; the lines of metrics.jsonl up to here are safe with it."""
         if self._folder.metrics.exists():
             fsync(self._folder.metrics)
         for name, content in contents.items():
-            with (folder / name).open("wb") as stream:
-                torch.save(content, stream)
+            (folder / name).write_bytes(content)
         return [folder / name for name in contents]
 
     def _remove_unfinished(self) -> None:
@@ -400,3 +400,10 @@ def _layout(path: Path) -> dict[str, Any] | None:
 
 def _without_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+
+
+def _packed(content: Any) -> bytes:
+    """As torch.save writes it; here, since a forked writer can't read what lies on a GPU."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
