@@ -36,6 +36,8 @@ class Vigil:
         self,
         limits: HangConfig,
         longest_silence_s: dict[str, float],
+        *,
+        num_hangs: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with the start of the ranks.
@@ -43,9 +45,11 @@ class Vigil:
         Args:
             limits: from the settings.
             longest_silence_s: by phase that the run has been through to its end; kept up to date here.
+            num_hangs: since the last new checkpoint. Each doubles the limits: it may have been slowness.
             clock: seconds; never goes back, and stands still with the machine.
         """
         self._limits = limits
+        self._patience = 2**num_hangs
         self._longest_silence_s = longest_silence_s
         self._clock = clock
         self._last_sign = clock()
@@ -69,8 +73,8 @@ class Vigil:
         """Silence that the present phase may have."""
         seen_s = self._longest_silence_s.get(self.newest.phase)
         if seen_s is None:
-            return self._limits.first_limit_s
-        return max(self._limits.least_limit_s, self._limits.factor * seen_s)
+            return self._patience * self._limits.first_limit_s
+        return self._patience * max(self._limits.least_limit_s, self._limits.factor * seen_s)
 
     @property
     def is_hung(self) -> bool:
@@ -91,10 +95,6 @@ class Vigil:
             self._last_sign = self._clock()
             self._beats = beat.beats
         self.newest = beat
-
-    def give_more_time(self) -> None:
-        """Double the limit of the phase for the next attempt: what looked like a hang may have been slowness."""
-        self._learn(2 * self.limit_s / self._limits.factor)
 
     def _learn(self, silence_s: float) -> None:
         phase = self.newest.phase

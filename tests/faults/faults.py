@@ -20,7 +20,7 @@ from cosmos_hpc.config.run_folder import RunFolder, read_json
 from cosmos_hpc.config.run_state import Ending, RunState, Status
 from cosmos_hpc.launch.local import children, is_alive
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 
 class Victim:

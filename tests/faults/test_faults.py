@@ -43,7 +43,7 @@ checkpoint: {{every_n_steps: 3}}
 cluster:
   executor: local
   restarts: {{backoff_s: 0.01, lost_ranks: 9, killed: 9, hang: 9, disk_full: 9, code_fault: 9, supervisor_killed: 9}}
-  hang: {{first_limit_s: 20, least_limit_s: 6}}
+  hang: {{first_limit_s: 20, least_limit_s: 15}}
 """
     )
     (run,) = (planned.config for planned in expand(load_experiment(job, overrides)))

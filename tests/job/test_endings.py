@@ -1,6 +1,7 @@
 """What the supervisor makes of each end of the ranks; they are doubles, and once the launcher is torch's own."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from play import SOON, Play, Start
+from play import SOON, Play, Script, Start
 
 import cosmos_hpc.job.hang as hang_module
 import cosmos_hpc.job.supervisor as supervisor_module
@@ -137,12 +138,26 @@ def test_ranks_that_never_say_anything_hang_in_the_start(start: Start) -> None:
 
 def test_a_hang_is_seen_in_every_phase_and_tried_again(start: Start) -> None:
     phases = ["start", "first_step", "train", "validate", "save", "leave"]
-    stuck = [[[["beat", "start", 0], ["beat", phase, 3], ["sleep", 60]]] for phase in phases]
+    stuck = [
+        [[["save", step], ["beat", "start", 0], ["beat", phase, 3], ["sleep", 60]]]
+        for step, phase in enumerate(phases, 1)
+    ]
     play = start(*stuck, DONE[:1], hang=SOON, restarts={"hang": len(phases)})
     assert play.end() == 0
     assert play.outcomes == ["hang"] * len(phases) + ["finished"]
     for phase, record in zip(phases, play.state.attempts, strict=False):
         assert f"in phase {phase} " in record.message
+
+
+def test_patience_that_hangs_have_cost_is_forgotten_with_a_new_checkpoint(start: Start) -> None:
+    def stuck(step: int) -> Script:
+        return [[["stacks"], ["beat", "start", 0], ["save", step], ["beat", "train", step], ["sleep", 60]]]
+
+    play = start(stuck(1), stuck(1), stuck(2), stuck(3), DONE[:1], hang=SOON, restarts={"hang": 4})
+    assert play.end() == 0
+    assert play.outcomes == ["hang"] * 4 + ["finished"]
+    waited = [float(re.search(r"for (\d+) s in phase train", record.message)[1]) for record in play.state.attempts[:4]]
+    assert waited[0] < waited[1] < waited[2] > waited[3]  # 1, 2, 4 and 2 s; the third left a new checkpoint
 
 
 PY_SPY = """#!/bin/sh
