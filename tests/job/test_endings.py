@@ -138,10 +138,8 @@ def test_ranks_that_never_say_anything_hang_in_the_start(start: Start) -> None:
 
 def test_a_hang_is_seen_in_every_phase_and_tried_again(start: Start) -> None:
     phases = ["start", "first_step", "train", "validate", "save", "leave"]
-    stuck = [
-        [[["save", step], ["beat", "start", 0], ["beat", phase, 3], ["sleep", 60]]]
-        for step, phase in enumerate(phases, 1)
-    ]
+    numbered = enumerate(phases, 1)
+    stuck = [[[["save", step], ["beat", "start", 0], ["beat", phase, 3], ["sleep", 60]]] for step, phase in numbered]
     play = start(*stuck, DONE[:1], hang=SOON, restarts={"hang": len(phases)})
     assert play.end() == 0
     assert play.outcomes == ["hang"] * len(phases) + ["finished"]
