@@ -19,6 +19,7 @@ from cosmos_hpc.config.load import load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, Ending, RunState, Status
 from cosmos_hpc.config.sweep import expand
+from cosmos_hpc.launch.status import run_status
 from cosmos_hpc.launch.submit import lay_out
 from cosmos_hpc.tokenizer import load_tokenizer
 
@@ -80,7 +81,6 @@ def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path,
     generator, wait_s = random.Random(1), []
     with small_disk(tmp_path / "disk", DISK_MIB) as disk:
         struck = laid_out(disk, dataset)
-        supervisor.join()
         victim = Victim(struck, disk, generator)
         try:
             for fault in choose(COUNT, generator):
@@ -95,7 +95,9 @@ def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path,
                 wait_s.append(time.monotonic() - began)
                 print(f"{fault.name} at step {victim.step}: trains again after {wait_s[-1]:.1f} s", flush=True)
             victim.supervisor.join()
+            supervisor.join()
         finally:
+            supervisor.kill()
             victim.supervisor.kill()
         state = RunState.read(struck.state)
         lost = steps_lost(state.attempts)
@@ -143,3 +145,26 @@ def test_a_run_goes_on_with_one_rank_and_then_with_two_again(tmp_path, dataset):
     assert [line["step"] for line in got] == list(range(13))
     assert [line.get("consumed_samples") for line in got] == [line.get("consumed_samples") for line in expected]
     assert [line["loss"] for line in got[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=1e-3)
+
+
+def told(folder: RunFolder, plan: Path) -> str:
+    start_supervisor(folder.path, plan).join()
+    status = run_status(folder)
+    assert status.status == "failed"
+    return status.message
+
+
+def test_a_fault_of_one_rank_is_told_with_that_ranks_words(tmp_path, dataset):
+    message = told(laid_out(tmp_path, dataset, "data.num_frames=25"), tmp_path / "plan")  # the films have 17
+    assert "data.num_frames" in message
+    assert "rank_" in message
+    assert "gloo" not in message
+
+
+def test_a_run_that_can_not_start_is_failed_with_the_reason(tmp_path, dataset):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "autoencoder.jit").write_bytes(b"no weights at all")
+    folder = laid_out(tmp_path, dataset, f"model.jit_ckpt_pth={weights}")
+    assert str(weights) in told(folder, tmp_path / "plan")
+    assert folder.newest_checkpoint() is None

@@ -51,7 +51,8 @@ def start(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Start:
         def start_doubles(command: list[str], environment: dict[str, str], output: Any) -> Any:
             if first_launcher is not None and command[-1] == "0":
                 return first_launcher(command, environment, output)
-            played = [sys.executable, "-S", str(double), str(folder.path), command[-1], json.dumps(scripts)]
+            run_folder = command[command.index("--run-folder") + 1]
+            played = [sys.executable, "-S", str(double), run_folder, command[-1], json.dumps(scripts)]
             return start_step(played, environment, output)
 
         monkeypatch.setattr(attempt_module, "start_step", start_doubles)

@@ -229,6 +229,18 @@ def test_goodput_of_a_run_with_a_fault_adds_up(start: Start) -> None:
     assert play.state.goodput.share == pytest.approx(0.3 / (before.allocated_s + after.allocated_s))
 
 
+def test_runs_of_an_experiment_share_the_places_that_max_parallel_gives(start: Start, folder: RunFolder) -> None:
+    other = RunFolder(folder.path.with_name("001-4567cdef"))
+    other.path.mkdir()
+    first = start([[["sleep", 1.0], ["end", "finished", 9]]])
+    other.config.write_text(folder.config.read_text())
+    second = Play(other)
+    assert (first.end(), second.end()) == (0, 0)
+    spans = sorted((record.started, record.ended) for play in (first, second) for record in play.state.attempts)
+    assert len(spans) == 2
+    assert spans[0][1] <= spans[1][0]
+
+
 def test_the_wait_for_nodes_is_told_apart_from_what_was_allocated(start: Start, folder: RunFolder) -> None:
     folder.pending_mark.write_text("7")
     os.utime(folder.pending_mark, (time.time() - 500, time.time() - 500))  # sent so long ago
