@@ -23,6 +23,11 @@ from cosmos_hpc.config.typed import Variants, first_line, known_settings, typed
 
 _NOT_WRITTEN = object()
 
+_REFUSED = {
+    "optim.overlap_param_gather": "the average of the weights and validation would read weights not yet gathered",
+}
+"""Settings of Megatron-Core that would do harm here, and why."""
+
 _FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Five times as fast where PyYAML was built with libyaml; good for files that `to_yaml` wrote."""
 
@@ -256,6 +261,8 @@ def _refuse_unknown_keys(settings: Mapping[str, Any], source: str) -> None:
     groups, leaves, free = _known_keys()
     for key in _dotted_keys(settings):
         group = key.rpartition(".")[0]
+        if key in _REFUSED:
+            raise ConfigError(f"{source}: {key} is refused, since {_REFUSED[key]}: leave it out")
         if key in groups:
             _refuse_non_mapping(settings, key, source)
         elif key not in leaves and (group == "" or group in groups):

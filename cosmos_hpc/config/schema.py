@@ -391,7 +391,7 @@ class HangConfig:
     """Seconds below which a learned limit never falls."""
 
     factor: float = 5.0
-    """Learned limit over the longest silence that was followed by a sign of life; each hang doubles the limit."""
+    """Learned limit over the longest silence that ended by itself; each hang doubles it until a new checkpoint."""
 
     def __post_init__(self) -> None:
         for name in ("first_limit_s", "least_limit_s"):

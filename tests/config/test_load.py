@@ -58,6 +58,13 @@ def test_unknown_override_names_the_nearest_known_one(job, override, words):
     assert message.startswith(f"command line: {override.partition('=')[0].split('.')[0]}")
 
 
+def test_a_setting_that_would_do_harm_is_refused_with_the_reason(job):
+    assert refusal(job, "optim.overlap_param_gather=true") == (
+        "command line: optim.overlap_param_gather is refused, since the average of the weights and validation would "
+        "read weights not yet gathered: leave it out"
+    )
+
+
 def test_unknown_key_in_a_file_names_the_file_and_the_nearest_known_one(job):
     job.write_text(JOB + "trainer: {max_step: 3}\n")
     assert refusal(job) == f"{job}: trainer.max_step is no setting: did you mean trainer.max_steps?"

@@ -1,9 +1,11 @@
-"""The loss over the micro batches of a step, and its weights over the steps of a run."""
+"""A step of the loop as a whole: its loss over micro batches, its tensors, and that nothing in it waits."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.run_folder import RunFolder
@@ -24,25 +26,89 @@ def groups():
     started.stop()
 
 
-def steps(groups, micro_batch_size: int, first: int, last: int):
-    """Metrics of the steps after `first`, and the weights; the clips are the same however they are cut."""
-    from cosmos_hpc.training.loop import TrainState, train_step
+def build(groups, micro_batch_size: int, first: int = 0, precision: str = "32"):
+    """State, what the loop works with, and the clips of a step, which are the same however they are cut."""
+    from cosmos_hpc.training.ema import WeightAverage
+    from cosmos_hpc.training.loop import TrainState
     from cosmos_hpc.training.optimizer import Optimizer
-    from cosmos_hpc.training.queued_steps import StepQueue
 
-    sizes = ["data.global_batch_size=4", f"data.micro_batch_size={micro_batch_size}", "trainer.precision=32"]
+    sizes = ["data.global_batch_size=4", f"data.micro_batch_size={micro_batch_size}", f"trainer.precision={precision}"]
     config = resolve(load_experiment(None, ["model.channels=4", *WEIGHTS, *WINDOWS, *sizes]), {})
     module = starting_tokenizer(config.model, 0)
     ddp = groups.wrap(module)
-    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), None, None, step=first)
+    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), WeightAverage(module, 0.9), None, step=first)
     run = SimpleNamespace(config=config, groups=groups, losses=Losses(config.loss))
     clips = torch.randint(0, 256, (4, 3, 17, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return state, run, clips.split(micro_batch_size)
+
+
+def steps(groups, micro_batch_size: int, first: int, last: int):
+    """Metrics of the steps after `first`, and the weights."""
+    from cosmos_hpc.training.loop import train_step
+    from cosmos_hpc.training.queued_steps import StepQueue
+
+    state, run, batches = build(groups, micro_batch_size, first)
     queue, metrics = StepQueue(), []
     for _ in range(first, last):
-        queue.append(train_step(state, iter(clips.split(micro_batch_size)), run))
+        queue.append(train_step(state, iter(batches), run))
         metrics += queue.arrived(everything=True)
         state.optimizer.learn(False)
-    return metrics, module.state_dict()
+    return metrics, state.module.state_dict()
+
+
+class NoWordToTheHost(TorchDispatchMode):
+    """On a CPU nothing waits; a value that goes to the host stands for what would wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number is read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_waiting(device: torch.device):
+    if device.type == "cpu":
+        with NoWordToTheHost():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_step_waits_for_the_device(groups):
+    from cosmos_hpc.training.loop import train_step
+
+    with pytest.raises((AssertionError, RuntimeError)), without_waiting(groups.device):
+        torch.ones(1, device=groups.device).item()
+    state, run, batches = build(groups, 2, precision="bf16")
+    batches = [batch.to(groups.device) for batch in batches]
+    state.optimizer.learn(False)
+    for number in range(4):
+        with without_waiting(groups.device) if number else contextlib.nullcontext():
+            queued = train_step(state, iter(batches), run)
+        state.optimizer.learn(False)
+        assert queued.numbers.read()[-1] == 0.0
+
+
+def test_weights_gradients_and_moments_stay_contiguous_float32(groups):
+    from cosmos_hpc.training.loop import train_step
+
+    state, run, batches = build(groups, 2, precision="bf16")
+    train_step(state, iter(batches), run)
+    (adam,) = (each.optimizer for each in state.optimizer.megatron.chained_optimizers)
+    tensors = [*state.module.parameters(), *(weight.main_grad for weight in state.module.parameters())]
+    tensors += [own[name] for own in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors += list(state.average.module.parameters())
+    assert len(tensors) == 5 * len(list(state.module.parameters()))
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+def test_a_network_with_running_statistics_is_refused(groups):
+    with pytest.raises(AssertionError):
+        groups.wrap(torch.nn.Sequential(torch.nn.Conv3d(3, 4, 1), torch.nn.BatchNorm3d(4)))
 
 
 def test_a_weight_changes_at_its_step_of_the_run_however_steps_are_cut_or_resumed(groups):
