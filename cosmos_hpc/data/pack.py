@@ -9,8 +9,8 @@ from typing import NamedTuple
 from webdataset import TarWriter
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.data.clips import UndecodableError, decode_clip
-from cosmos_hpc.data.video_file import probe
+from cosmos_hpc.data.clips import UndecodableError
+from cosmos_hpc.data.video_file import probe, read_frames
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 MIB = 1024 * 1024
@@ -103,11 +103,11 @@ def usable_bytes(video: Path) -> bytes:
         info = probe(video)
     except OSError as error:
         raise UndecodableError(f"it can't be read: {error.strerror}") from error
+        next(read_frames(video), None)
     except ValueError as error:
         raise UndecodableError(str(error).removeprefix(f"{video} ")) from error
     if info.frames < info.frames_promised:
         raise UndecodableError(f"it is cut short: {info.frames} of {info.frames_promised} frames are there")
-    decode_clip(raw, 0, 1)
     return raw
 
 
