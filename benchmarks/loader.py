@@ -73,7 +73,7 @@ def through_the_loader(root: Path, settings: dict[str, Any], num_clips: int) -> 
         crop_size=CROP,
         num_workers=0,
         shuffle_buffer_size=4,
-        clip_buffer_size=settings["clips_per_decode"],  # every decode's clips are taken
+        clip_buffer_size=1,  # every decode's clips are taken
         decode_timeout_s=60,
         **settings,
     )
@@ -152,7 +152,7 @@ def make_films(root: Path, gop: int) -> dict[str, Path]:
             for number in range(copies):
                 video = folder / "videos" / part / f"{part}{number}.mp4"
                 video.write_bytes((root / f"{folder.name}.mp4").read_bytes())
-            pack([folder / "videos" / part], folder / part)
+            pack([folder / "videos" / part], folder / part, probe=False)  # copies
         prepare(folder, num_workers=1)
     return folders
 

@@ -103,8 +103,8 @@ class DataConfig:
     flip: float = 0.0
     """Share of the clips that are mirrored, left for right."""
 
-    clip_start: str = "any"
-    """`any` frame, or a `keyframe` where these are more than two clips apart on average: cheaper, but fewer starts."""
+    clip_start: str = "keyframe"
+    """`any` frame, or near a `keyframe` where these are over two clips apart on average: cheaper, with fewer starts."""
 
     clips_per_decode: int = 4
     """Clips out of one decoded stretch of a video: cheaper, but they lie close in time. A pass has them all."""

@@ -62,7 +62,8 @@ class ChosenClip(NamedTuple):
 def choose(packets: Packets, kind: ClipKind, num_clips: int, seed: int | None) -> list[ChosenClip]:
     """Choose clips that can be decoded in one go: all begin between the same two key frames.
 
-    Each by itself begins at any possible frame with the same likelihood.
+    Each by itself begins at any possible frame with the same likelihood; or, where clips are bound to key frames, the
+    first at one of them, and the others no more than the length of a clip behind it.
 
     Args:
         packets: Of the video.
@@ -127,7 +128,9 @@ def _starts(packets: Packets, kind: ClipKind, last: int, num_clips: int, draw: t
     span = int(_frames(packets, kind, 0)[-1]) + 1
     if kind.starts_at_keys and draw is not None and packets.mean_gop > LONG_GOP * span:
         keys = packets.keys[packets.keys <= last]
-        return [int(keys[_drawn(len(keys) - 1, draw)])] * num_clips
+        key = int(keys[_drawn(len(keys) - 1, draw)])
+        latest = min(key + span, packets.key_after(key) - 1, last)
+        return [key] + [key + _drawn(latest - key, draw) for _ in range(num_clips - 1)]
     first = _drawn(last, draw)
     earliest, latest = packets.key_before(first), min(packets.key_after(first) - 1, last)
     return [first] + [earliest + _drawn(latest - earliest, draw) for _ in range(num_clips - 1)]

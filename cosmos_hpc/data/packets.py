@@ -158,6 +158,32 @@ class Cutter:
             raise UndecodableError(f"its packets can't be copied: {_strerror(error)}") from error
         return [order[int(self._packets.places[frame])] for frame in frames]
 
+    def copy(self, begin: int, end: int, target: str) -> None:
+        """Write frames `begin`, a key frame, up to `end` as an mp4 file that plays, their times kept."""
+        pts, places = self._packets.pts, self._packets.places
+        first = self._packets.key_place(begin)
+        wanted = sorted(place for place in range(first, len(pts)) if self._is_between(place, begin, end))
+        start, unit = int(pts[places[begin]]), self._stream.time_base
+        delay = max(number - order for number, order in enumerate(np.argsort(np.argsort(pts[wanted], kind="stable"))))
+        times = np.sort(pts[wanted]) - start
+        try:
+            with av.open(target, "w", format="mp4") as copy:
+                stream = copy.add_stream_from_template(self._stream, opaque=True)
+                for number, place in enumerate(wanted):
+                    packet = self._content[place]
+                    packet.time_base = unit
+                    packet.pts = int(pts[place]) - start
+                    packet.dts = int(times[max(number - delay, 0)]) - max(delay - number, 0)
+                    packet.stream = stream
+                    copy.mux(packet)
+        except (av.FFmpegError, ValueError) as error:
+            raise UndecodableError(f"its packets can't be copied: {_strerror(error)}") from error
+
+    def _is_between(self, place: int, begin: int, end: int) -> bool:
+        pts, places = self._packets.pts, self._packets.places
+        is_before_end = end >= len(places) or pts[place] < pts[places[end]]
+        return bool(pts[places[begin]] <= pts[place]) and bool(is_before_end)
+
 
 @contextmanager
 def _opened(path: str) -> Iterator[av.container.InputContainer]:

@@ -45,6 +45,7 @@ def data_config(dataset):
             "num_workers": 0,
             "shuffle_buffer_size": 4,
             "clips_per_decode": 1,
+            "clip_start": "any",
         }
         return DataConfig(**settings | changes)
 
