@@ -99,25 +99,44 @@ def pack(
 def prepare(
     root: Annotated[Path, typer.Argument(help="Folder of tar shards; train/, val/ in it, if there, are the split.")],
     split: Annotated[str, typer.Option(help="Shares of shards for train, val and test.")] = "99,1,0",
-    num_workers: Annotated[int, typer.Option(help="Shards indexed at the same time.")] = 4,
+    shuffle_tars: Annotated[
+        bool, typer.Option("--shuffle-tars", help="Deal shards out shuffled, not by name.")
+    ] = False,
+    num_workers: Annotated[int, typer.Option(help="Shards read at the same time.")] = 4,
+    streams: Annotated[int, typer.Option(help="Ranks x workers to come: fewer training videos are refused.")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only compare all shards with the index, byte by byte.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Index shards for Energon, without a question."""
+    """Index shards for Energon, without a question; a killed call goes on."""
+    from cosmos_hpc.data.prepare import check as check_dataset
     from cosmos_hpc.data.prepare import prepare as prepare_dataset
     from cosmos_hpc.launch.follow import progress_bar
 
+    shares = _shares(split)
     with progress_bar() as progress:
-        task = progress.add_task("prepare", total=None)
-        counts = prepare_dataset(
-            root,
-            split=_shares(split),
-            num_workers=num_workers,
-            on_shard=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        task = progress.add_task("check" if check else "prepare", total=None)
+
+        def on_shard(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if check:
+            counts = check_dataset(root, num_workers=num_workers, on_shard=on_shard)
+        else:
+            counts = prepare_dataset(
+                root,
+                split=shares,
+                shuffle_tars=shuffle_tars,
+                num_workers=num_workers,
+                num_streams=streams,
+                on_shard=on_shard,
+            )
     if as_json:
         print(json.dumps(counts, indent=1))
     else:
-        print(f"prepared {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        done = "checked" if check else "prepared"
+        print(f"{done} {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def _shares(text: str) -> tuple[float, float, float]:

@@ -177,8 +177,10 @@ def finish_pack(out: Path) -> PackSummary:
 
 
 def unfinished_shards(folder: Path) -> int:
-    """Shards that a call of `pack` has planned for a folder and not finished."""
-    return len(_missing(PackPlan.read(folder), folder)) if _plan_file(folder).exists() else 0
+    """Shards that a call of `pack` has planned for a folder and not come to; what was done to others is no matter."""
+    if not _plan_file(folder).exists():
+        return 0
+    return sum(not _result_file(folder, number).exists() for number in range(len(PackPlan.read(folder).shards)))
 
 
 def packed_groups(folder: Path) -> dict[str, set[str]]:
