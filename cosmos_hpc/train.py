@@ -162,6 +162,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     """Everything that the loop works with, in the order in which the parts need each other."""
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
     from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+    from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
     from cosmos_hpc.training.ema import WeightAverage
@@ -190,9 +191,10 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
         quarantine=quarantine,
     )
     checkpoints = CheckpointStore(attempt.folder, config, groups)
-    losses = Losses.build(config, groups.device)
+    adversary = Adversary(config, groups) if config.loss.adversarial.is_used(config.trainer.max_steps) else None
+    losses = Losses.build(config, groups.device, None if adversary is None else adversary.term)
     validation = Validation(held_out, config.trainer, groups, eye=losses.eye)
-    state = TrainState(module, ddp, optimizer, average, loader)
+    state = TrainState(module, ddp, optimizer, average, loader, adversary)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
     guard = NonFiniteGuard(config.trainer)

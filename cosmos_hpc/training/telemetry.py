@@ -100,11 +100,17 @@ class StepMetrics(NamedTuple):
     fsq_entropy: float | None = None
     """How unevenly the quantizer's levels are used."""
 
+    adversarial: float | None = None
+    """Minus the discriminator's verdict on the reconstructions."""
+
+    adversarial_weight: float | None = None
+    """What that was multiplied with: the weight, or with `adaptive` its product with the gradients' ratio."""
+
+    discriminator: float | None = None
+    """The discriminator's own loss, from 0 (always right) over 1 (knows nothing)."""
+
     skipped: bool = False
     """Whether the update was left out, as loss or gradient was not finite; written where it is true."""
-
-    save_time_s: float | None = None
-    """Seconds that training stood still for a checkpoint before this step."""
 
     validation: ValidationScores | None = None
     """On steps with a validation; each score stands in the line by its own name."""
