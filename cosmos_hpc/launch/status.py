@@ -82,9 +82,6 @@ class RunStatus:
     message: str | None
     """Why the last attempt failed."""
 
-    data_wait: float | None = None
-    """Share of the last step that was spent waiting for clips."""
-
     memory_gib: float | None = None
     """Most memory that rank 0 held."""
 
@@ -244,7 +241,6 @@ def _told(read: _Read, job: JobStatus | None) -> RunStatus:
         causes=dict(Counter(str(attempt.outcome) for attempt in ended)),
         last_outcome=ended[-1].outcome if ended else None,
         message=ended[-1].message if ended else None,
-        data_wait=last.get("data_time_s", 0.0) / last["step_time_s"] if last.get("step_time_s") else None,
         memory_gib=last.get("memory_gib"),
         goodput=state.goodput.share if state else None,
         seconds=state.goodput if state else None,

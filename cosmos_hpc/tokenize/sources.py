@@ -13,8 +13,8 @@ import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.data.pack import find_videos, named_videos
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
+from cosmos_hpc.data.video_names import find_videos, named_videos
 
 
 class Video(NamedTuple):
