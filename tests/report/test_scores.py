@@ -4,32 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report_parts import evaluation_set
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.report.scores import (
     Evaluation,
-    EvaluationSet,
     LatentDrift,
     bootstrap,
     read_evaluation,
     summary,
     write_evaluation,
 )
-
-
-def a_set(*evaluations: Evaluation, **changes: object) -> EvaluationSet:
-    settings = {
-        "data": "roads",
-        "split": "val",
-        "num_frames": 9,
-        "num_windows": 1,
-        "crop_size": 32,
-        "videos": [f"video {index}" for index in range(len(evaluations[0].per_video["psnr"]))],
-        "slices": {},
-        "left_out": [],
-        "evaluations": list(evaluations),
-    }
-    return EvaluationSet(**{**settings, **changes})
 
 
 def test_interval_is_about_two_standard_errors_wide_to_both_sides() -> None:
@@ -49,7 +34,9 @@ def test_one_video_has_no_interval() -> None:
 
 def test_gain_is_of_pairs_so_that_hard_videos_do_not_widen_it() -> None:
     before = list(np.linspace(20.0, 40.0, 41))
-    found = a_set(Evaluation("old", {"psnr": before}), Evaluation("new", {"psnr": [value + 0.5 for value in before]}))
+    found = evaluation_set(
+        Evaluation("old", {"psnr": before}), Evaluation("new", {"psnr": [value + 0.5 for value in before]})
+    )
     gain = found.gain(found.evaluations[1], "psnr")
     assert gain is not None
     assert (gain.mean, gain.half_width) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-9))
@@ -68,7 +55,7 @@ def test_worst_of_twenty_comes_from_the_side_that_is_bad() -> None:
 
 def test_videos_without_a_value_count_neither_in_means_nor_in_gains() -> None:
     nothing = math.nan
-    found = a_set(
+    found = evaluation_set(
         Evaluation("old", {"psnr": [1.0, 2.0, 3.0], "psnr_inside": [10.0, nothing, 20.0]}),
         Evaluation("new", {"psnr": [1.0, 2.0, 3.0], "psnr_inside": [11.0, nothing, 23.0]}),
     )
@@ -79,7 +66,7 @@ def test_videos_without_a_value_count_neither_in_means_nor_in_gains() -> None:
 
 
 def test_slices_have_scores_of_their_own_in_the_table_for_scripts(tmp_path: Path) -> None:
-    found = a_set(
+    found = evaluation_set(
         Evaluation("old", {"psnr": [20.0, 30.0, 22.0]}),
         Evaluation("new", {"psnr": [21.0, 30.5, 23.0]}),
         slices={"night": ["true", "false", "true"]},
@@ -101,7 +88,7 @@ def test_slices_have_scores_of_their_own_in_the_table_for_scripts(tmp_path: Path
 
 def test_files_hold_a_line_for_each_video_and_can_be_read_again(tmp_path: Path) -> None:
     drift = LatentDrift(is_unchanged=False, mean_shift=(0.1, -0.25), std_ratio=(1.0, 0.5))
-    found = a_set(
+    found = evaluation_set(
         Evaluation("old", {"psnr": [20.0, 30.0]}, is_start=True, step=0),
         Evaluation("new, and better", {"psnr": [21.0, math.nan]}, "000-abc", 40, False, {"frechet": 3.5}, drift),
         left_out=[("video 7", "it is damaged")],
