@@ -53,8 +53,11 @@ class RunRow:
     is_best: bool
     """True for the run that the summary names."""
 
-    numbers: tuple[Cell, ...]
-    """One for each of the table's columns."""
+    scores: tuple[Cell, ...]
+    """One for each column of the first table."""
+
+    costs: tuple[Cell, ...]
+    """One for each column of the second."""
 
     attempts: tuple[str, ...]
     """How each ended."""
@@ -74,7 +77,7 @@ class Column(NamedTuple):
     """Left out where no run has it."""
 
 
-COLUMNS = (
+SCORE_COLUMNS = (
     Column("step", lambda run: run.last_step, lambda run: f"{run.last_step} / {run.config.trainer.max_steps}"),
     Column(f"final loss\n(mean of last\n{FINAL_STEPS} steps)", lambda run: run.final_loss, ".4f"),
     Column("val PSNR\nat start, dB", lambda run: run.at_start("val_psnr"), ".2f"),
@@ -84,6 +87,10 @@ COLUMNS = (
     Column("val SSIM", lambda run: run.at_end("val_ssim"), ".4f", is_optional=True),
     Column("val VGG\ndistance", lambda run: run.at_end("val_lpips"), ".4f", is_optional=True),
     Column("gain on the\ngeneral set, dB", lambda run: run.gain("general_psnr"), "+.2f", is_optional=True),
+)
+"""How good a run is."""
+
+COST_COLUMNS = (
     Column("clips/s\n(median)", lambda run: run.clips_per_s, ".2f"),
     Column(
         "wall time",
@@ -93,7 +100,7 @@ COLUMNS = (
     Column("GPU-hours", lambda run: run.gpu_hours, ".3g"),
     Column("GPU-hours\nper dB", lambda run: run.gpu_hours_per_db, ".3g"),
 )
-"""The numbers of the table, in order."""
+"""What it took."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,9 @@ def _render(
     all_settings = [settings_of(record.config) for record in records]
     differing = differing_settings(all_settings)
     varied = {setting: [settings[setting] for settings in all_settings] for setting in differing}
-    columns = [each for each in COLUMNS if not each.is_optional or any(each.value(run) is not None for run in records)]
+    scores = [
+        each for each in SCORE_COLUMNS if not each.is_optional or any(each.value(run) is not None for run in records)
+    ]
     evidence = told_apart(records, evaluations.sets)
     sentence = None if best is None else verdict(best, evidence)
     of_validation = summary(records, best, num_validation_clips((best or records[0]).config))
@@ -248,8 +257,9 @@ def _render(
         has_interruptions=any(record.interruptions for record in records),
         differing=differing,
         choices_of={record.name: _choices(record, differing) for record in records},
-        columns=[each.heading.split("\n") for each in columns],
-        runs=[_run_row(index, record, differing, columns, record is best) for index, record in enumerate(records)],
+        scores=[each.heading.split("\n") for each in scores],
+        costs=[each.heading.split("\n") for each in COST_COLUMNS],
+        runs=[_run_row(index, record, differing, scores, record is best) for index, record in enumerate(records)],
         goodput=[_goodput_row(record.name, record.goodput) for record in records if record.goodput.allocated_s > 0],
         spent=list(SPENT.values()),
         failures=[(record.name, record.failure) for record in records if record.failure],
@@ -272,7 +282,7 @@ def _render(
 
 
 def _run_row(
-    index: int, record: RunRecord, differing: Sequence[str], columns: Sequence[Column], is_best: bool
+    index: int, record: RunRecord, differing: Sequence[str], scores: Sequence[Column], is_best: bool
 ) -> RunRow:
     settings = settings_of(record.config)
     return RunRow(
@@ -281,7 +291,8 @@ def _run_row(
         choices=tuple(_choice(settings[name]) for name in differing),
         status=record.status,
         is_best=is_best,
-        numbers=tuple(_run_cell(record, column) for column in columns),
+        scores=tuple(_run_cell(record, column) for column in scores),
+        costs=tuple(_run_cell(record, column) for column in COST_COLUMNS),
         attempts=tuple(_written_attempt(attempt) for attempt in record.attempts),
     )
 
