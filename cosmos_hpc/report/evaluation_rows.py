@@ -21,6 +21,9 @@ from cosmos_hpc.report.scores import (
 WORST = 5
 """Videos that are named."""
 
+CROSSED = ("old_encoder", "old_decoder", "changed")
+"""Metrics of the latents, which are told over all videos."""
+
 
 class Cell(NamedTuple):
     """A number as it is printed, and as the column is sorted by it."""
@@ -40,8 +43,9 @@ class EvaluationTable(NamedTuple):
     rows: list[tuple[str, list[Cell]]]
     """Weights and a cell for each column."""
 
+    slice_columns: list[Metric]
     slices: list[tuple[str, str, list[Cell]]]
-    """Slice, weights and a cell for each column."""
+    """Slice, weights and a cell for each of its columns."""
 
     channels: list[tuple[str, list[str]]]
     """Channel of the latents, and a cell for each of the moved weights."""
@@ -89,6 +93,7 @@ def evaluation_table(found: EvaluationSet, folder: Path, is_own: bool) -> Evalua
     """
     names = found.metrics()
     over_all = [name for name in OVER_ALL if any(name in each.over_all for each in found.evaluations)]
+    sliced = [name for name in names if name not in CROSSED]
     everything = list(range(len(found.videos)))
     moved = [each for each in found.evaluations if each.latents is not None and not each.latents.is_unchanged]
     size = "whole frames" if found.crop_size is None else f"{found.crop_size} x {found.crop_size} pixels"
@@ -97,12 +102,13 @@ def evaluation_table(found: EvaluationSet, folder: Path, is_own: bool) -> Evalua
         title=f"{Path(found.data).name}{' (your videos)' if is_own else ''}",
         clips=f"{len(found.videos)} videos of {found.data}, the middle {found.num_frames} frames{windows}, {size}",
         columns=[*(METRICS[name] for name in names), *(OVER_ALL[name] for name in over_all)],
+        slice_columns=[METRICS[name] for name in sliced],
         rows=[
             (each.weights, [*_cells(found, each, names, everything), *(_over_all(each, name) for name in over_all)])
             for each in found.evaluations
         ],
         slices=[
-            (f"{field} = {value} ({len(chosen)})", each.weights, _cells(found, each, names, chosen))
+            (f"{field} = {value} ({len(chosen)})", each.weights, _cells(found, each, sliced, chosen))
             for field in found.slices
             for value, chosen in found.by_slice(field).items()
             for each in found.evaluations
@@ -124,10 +130,10 @@ def _cell(found: EvaluationSet, each: Evaluation, name: str, chosen: list[int]) 
     score, metric = each.score(name, chosen), METRICS[name]
     if score is None:
         return Cell("\N{EN DASH}")
-    lines = [_plus_minus(score.mean, metric.form), f"worst 5 %: {format(score.worst5, metric.form)}"]
+    lines = [_plus_minus(score.mean, metric.form), f"worst 5 % {format(score.worst5, metric.form)}"]
     gain = None if each is found.evaluations[0] else found.gain(each, name, chosen)
     if gain is not None:
-        lines.append(f"change {_plus_minus(gain, f'+{metric.form}')}")
+        lines.append(f"\N{GREEK CAPITAL LETTER DELTA} {_plus_minus(gain, f'+{metric.form}')}")
     return Cell("\n".join(lines).replace("-", "\N{MINUS SIGN}"), score.mean.mean)
 
 
