@@ -181,6 +181,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show the runs of an experiment file and what `submit` would do. Sends nothing."""
+    from cosmos_hpc.advice import advice
     from cosmos_hpc.launch.submit import sbatch_scripts
     from cosmos_hpc.tables import plan_row, print_plan
 
@@ -188,9 +189,14 @@ def plan(
     if script:
         print("\n".join(sbatch_scripts(placed, experiment, _max_parallel(job, overrides))))
     elif as_json:
-        _print_json([plan_row(run, place) for run, place in zip(runs, placed, strict=True)])
+        rows = [plan_row(run, place) for run, place in zip(runs, placed, strict=True)]
+        _print_json(
+            [{**row, "warnings": advice(run.config, run.folder)} for row, run in zip(rows, placed, strict=True)]
+        )
     else:
         print_plan(runs, placed)
+        for warning in dict.fromkeys(line for run in placed for line in advice(run.config, run.folder)):
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 @app.command()
@@ -425,10 +431,10 @@ def _placed(job: Path, overrides: list[str] | None) -> "tuple[list[PlannedRun], 
     from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
     from cosmos_hpc.config.sweep import expand
     from cosmos_hpc.launch.submit import place
-    from cosmos_hpc.preflight import with_local_weights
+    from cosmos_hpc.preflight import with_local_weights, with_num_steps
 
     written = expand(load_experiment(job, overrides or []))
-    runs = [dataclasses.replace(run, config=with_local_weights(run.config)) for run in written]
+    runs = [dataclasses.replace(run, config=with_local_weights(with_num_steps(run.config))) for run in written]
     experiment = ExperimentFolder(runs_folder() / runs[0].config.name)
     return runs, place([run.config for run in runs], experiment), experiment
 

@@ -28,6 +28,9 @@ _FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FAST_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """Several times as fast where PyYAML was built with libyaml; good for what `to_yaml` writes."""
 
+NO_LIMIT = 10_000_000
+"""Steps that no run gets to."""
+
 PROFILE_GROUPS = ("cluster", "container")
 """Groups that YAML may give by the name of a file."""
 
@@ -72,11 +75,20 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
     if "cluster" not in merged and shutil.which("sbatch"):
         merged["cluster"] = {"executor": "slurm"}
     experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
+    _let_epochs_decide(experiment)
     for key in experiment.sweep.keys:
         _refuse_unknown_setting(key, f"{source}: sweep")
         if key == "name":
             raise ConfigError(f"{source}: sweep: name is the experiment's, which all its runs share: take it out")
     return experiment
+
+
+def _let_epochs_decide(experiment: Experiment) -> None:
+    """Where only `trainer.max_epochs` is given, the default of `trainer.max_steps` is no limit."""
+    trainer = experiment.settings.get("trainer") or {}
+    given = {f"trainer.{name}" for name, value in trainer.items() if value is not None} | set(experiment.sweep.keys)
+    if "trainer.max_epochs" in given and "trainer.max_steps" not in given:
+        experiment.settings["trainer"] = {**trainer, "max_steps": NO_LIMIT}
 
 
 def resolve(experiment: Experiment, choices: Mapping[str, Any]) -> RunConfig:

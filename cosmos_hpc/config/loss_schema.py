@@ -43,8 +43,13 @@ class LossTermConfig:
 
     def is_used(self, max_steps: int) -> bool:
         """Whether the weight is above zero in any step of a run of that length."""
-        starts = (step for step in (0, *self.boundaries) if step < max_steps)
+        starts = (step for step in (0, *self._starts) if step < max_steps)
         return any(self.weight_at(step) > 0 for step in starts)
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        """Steps from which another weight holds."""
+        return self.boundaries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,8 @@ class KlConfig(LossTermConfig):
     """Distance of the latents from a standard normal distribution."""
 
     weight: float = 0.0
-    """Factor of the divergence of N(latents, 1) from N(0, 1), in nats for each latent value; CV only."""
+    """Factor of the posterior's divergence from N(0, 1), in nats for each latent value, such as 1e-6; with
+    model.formulation VAE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,48 @@ class FsqEntropyConfig(LossTermConfig):
 
     weight: float = 0.0
     """Factor of 1 minus the entropy of the levels in use, as a share of its maximum; DV only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig(LossTermConfig):
+    """A discriminator that learns to tell reconstructions from clips, and what it says of them."""
+
+    weight: float = 0.0
+    """Factor of the discriminator's verdict (3-D PatchGAN, hinge loss); above 0 in any step, one is trained along."""
+
+    start_step: int = 0
+    """Step from which the discriminator learns, and before which this term's weight is 0."""
+
+    adaptive: bool = True
+    """Multiply the weight by the ratio of the norms of two gradients at each reconstructed clip: that of all other
+    terms over this one's. False: the weight as it is."""
+
+    lr: float = 1e-4
+    """Learning rate of the discriminator's AdamW; warm-up, betas and clipping are those of optim, and no decay."""
+
+    channels: int = 64
+    """Width of the discriminator's first layer, a multiple of 4."""
+
+    max_frames: int = 16
+    """Most consecutive frames that it sees at once; longer clips are cut into even pieces."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.start_step >= 0, f"loss.adversarial.start_step is {self.start_step}, but can't be negative")
+        require(self.lr > 0, f"loss.adversarial.lr is {self.lr}, but must be above 0")
+        require(
+            self.channels >= 4 and self.channels % 4 == 0,
+            f"loss.adversarial.channels is {self.channels}, but takes multiples of 4: set 64",
+        )
+        require(self.max_frames >= 1, f"loss.adversarial.max_frames is {self.max_frames}, but must be at least 1")
+
+    def weight_at(self, step: int) -> float:
+        """Weight in the update that follows `step` others."""
+        return super().weight_at(step) if step >= self.start_step else 0.0
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        return (self.start_step, *self.boundaries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +201,9 @@ class LossConfig:
 
     fsq_entropy: FsqEntropyConfig = field(default_factory=FsqEntropyConfig)
     """Use of the quantizer's levels."""
+
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """A discriminator's verdict."""
 
     def network_files(self, max_steps: int) -> list[str]:
         """Weights of the networks that are ever needed, as named in the settings."""

@@ -14,6 +14,9 @@ from cosmos_hpc.config.loss_schema import LossConfig
 
 TOKENIZER_NAME = re.compile(r"(?:^|-)(?P<kind>CV|DV)(?P<temporal>[48])x(?P<spatial>8|16)x(?P=spatial)(?:-720p)?$")
 
+PARTS = {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*"), "encoder": ("encoder.*", "quant_conv*")}
+"""Names that model.trainable may give to patterns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -29,7 +32,26 @@ class ModelConfig:
     channels: int = 128
     """Base width of the network. The released tokenizers have 128; narrower ones are for trials on small machines."""
 
+    formulation: str = "AE"
+    """`AE`, as released, or for CV `VAE`: training also learns a variance of each latent and samples, and loss.kl acts.
+    What is exported is the same either way, with the mean as latent."""
+
+    trainable: Any = "all"
+    """What training moves: `all`, `decoder`, `encoder`, or patterns of parameter names such as `[decoder.up.*]`.
+    `decoder` keeps the latents, and so every world model and cache that was made for them."""
+
     def __post_init__(self) -> None:
+        require(
+            self.formulation == "AE" or (self.formulation == "VAE" and self.kind == "CV"),
+            f"model.formulation is {self.formulation!r}: set AE, or VAE for a CV tokenizer",
+        )
+        listed = self.trainable if isinstance(self.trainable, (list, tuple)) else ()
+        require(
+            any(self.trainable == part for part in PARTS)
+            or (len(listed) > 0 and all(isinstance(pattern, str) and pattern for pattern in listed)),
+            f"model.trainable is {self.trainable!r}: set all, decoder, encoder, or a list of patterns of parameter "
+            "names, such as [decoder.up.*]",
+        )
         require(
             TOKENIZER_NAME.search(self.model) is not None,
             f"model.model is {self.model!r}, which names no Cosmos video tokenizer: "
@@ -39,6 +61,18 @@ class ModelConfig:
             self.channels >= 1,
             f"model.channels is {self.channels}, but a network needs at least one: the released width is 128",
         )
+
+    @property
+    def trainable_patterns(self) -> tuple[str, ...]:
+        """Shell-style patterns of the names of the parameters that training moves."""
+        return PARTS[self.trainable] if isinstance(self.trainable, str) else tuple(self.trainable)
+
+    @property
+    def may_train_encoder(self) -> bool:
+        """Whether a pattern can match a parameter that latents depend on, by what it says before its first wildcard."""
+        heads = [re.split(r"[*?[]", pattern)[0] for pattern in self.trainable_patterns]
+        names = [name.rstrip("*") for name in PARTS["encoder"]]
+        return any(name.startswith(head) or head.startswith(name) for head in heads for name in names)
 
     @property
     def kind(self) -> str:
@@ -62,6 +96,9 @@ class DataConfig:
 
     path: str | None = expands(None, is_path=True)
     """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed."""
+
+    general_path: str | None = expands(None, is_path=True, identity=False)
+    """Second dataset, of video unlike the first: its split val is validated beside, to see what is forgotten."""
 
     num_frames: int = 33
     """Frames per clip, T = 1 + k x temporal compression: the tokenizers are causal in time."""
@@ -109,7 +146,10 @@ class TrainerConfig:
     """How long to train, on how many processes, and how often to look."""
 
     max_steps: int = 5000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; without limit where only max_epochs is given."""
+
+    max_epochs: int | None = neutral(None)
+    """Passes over the training videos: the run ends after these or max_steps, whichever comes first."""
 
     num_nodes: int = neutral(1)
     """Nodes of the job."""
@@ -123,8 +163,12 @@ class TrainerConfig:
     seed: int = 1234
     """Seeds the fresh weights, the order of the samples and every random crop."""
 
-    val_check_interval: int = neutral(100)
-    """Steps between two validations; the first comes before step 1, the last after the last step."""
+    val_every_n_minutes: float = neutral(5.0)
+    """Minutes between two validations, or more where these would take over 3 % of the time; the first one comes before
+    step 1, the last one after the last step."""
+
+    val_check_interval: int | None = neutral(None)
+    """Steps between two validations, in place of the minutes."""
 
     limit_val_batches: int = neutral(8)
     """Batches per rank in one validation."""
@@ -142,6 +186,7 @@ class TrainerConfig:
         require(self.max_rollbacks >= 0, f"trainer.max_rollbacks is {self.max_rollbacks}, but can't be negative")
         for name in (
             "max_steps",
+            "max_epochs",
             "num_nodes",
             "devices",
             "val_check_interval",
@@ -150,7 +195,10 @@ class TrainerConfig:
             "max_skipped_steps",
         ):
             value = getattr(self, name)
-            require(value >= 1, f"trainer.{name} is {value}, but must be at least 1")
+            require(value is None or value >= 1, f"trainer.{name} is {value}, but must be at least 1")
+        require(
+            self.val_every_n_minutes > 0, f"trainer.val_every_n_minutes is {self.val_every_n_minutes}: set it above 0"
+        )
         require(
             self.precision in ("bf16", "32"),
             f"trainer.precision is {self.precision!r}: set bf16 (float32 weights, bfloat16 compute) or 32",
@@ -237,7 +285,8 @@ class CheckpointConfig:
 
     best_by: str | None = "val_psnr"
     """Validation score whose best checkpoint is kept beside these, saved at its step: val_psnr, val_ssim or val_lpips,
-    with _ema for that of the averaged weights; none keeps no such one."""
+    with _ema for that of the averaged weights, with general_ in place of val_ for those on data.general_path; none
+    keeps no such one."""
 
     def __post_init__(self) -> None:
         require(self.every_n_minutes > 0, f"checkpoint.every_n_minutes is {self.every_n_minutes}, but must be above 0")
@@ -246,7 +295,8 @@ class CheckpointConfig:
             f"checkpoint.every_n_steps is {self.every_n_steps}, but must be at least 1",
         )
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}, but must be at least 1")
-        scores = [f"val_{name}{kind}" for kind in ("", "_ema") for name in ("psnr", "ssim", "lpips")]
+        names = [f"{name}{kind}" for kind in ("", "_ema") for name in ("psnr", "ssim", "lpips")]
+        scores = [f"{split}_{name}" for split in ("val", "general") for name in names]
         require(
             self.best_by is None or self.best_by in scores,
             f"checkpoint.best_by is {self.best_by!r}: set {', '.join(scores)} or null",
@@ -471,6 +521,10 @@ class RunConfig:
             f"checkpoint.best_by is {best_by}, but loss.lpips.weight is 0: without VGG16 there is no such score",
         )
         require(
+            self.data.general_path is not None or not best_by.startswith("general_"),
+            f"checkpoint.best_by is {best_by}, but data.general_path is not set: name that dataset",
+        )
+        require(
             optim.lr_schedule == "constant" or self.lr_decay_steps > optim.warmup_steps,
             f"optim.warmup_steps is {optim.warmup_steps}, but optim.lr_schedule {optim.lr_schedule} ends at step "
             f"{self.lr_decay_steps} (optim.decay_steps, else trainer.max_steps): set fewer",
@@ -518,13 +572,19 @@ class RunConfig:
     def _check_loss(self) -> None:
         loss, steps = self.loss, self.trainer.max_steps
         require(
-            self.model.kind == "CV" or not loss.kl.is_used(steps),
-            f"loss.kl.weight is above 0, but {self.model.model} has no continuous latents: set it to 0",
+            self.model.formulation == "VAE" or not loss.kl.is_used(steps),
+            "loss.kl.weight is above 0, but model.formulation is AE, whose latents have no distribution: set "
+            f"{'it to 0' if self.model.kind == 'DV' else 'VAE, or the weight to 0'}",
         )
         require(
             self.model.kind == "DV" or not loss.fsq_entropy.is_used(steps),
             f"loss.fsq_entropy.weight is above 0, but {self.model.model} has no codes: set it to 0",
         )
+        for name in ("kl", "fsq_entropy"):
+            require(
+                self.model.may_train_encoder or not getattr(loss, name).is_used(steps),
+                f"loss.{name}.weight is above 0, but model.trainable leaves the encoder as it is: set it to 0",
+            )
         if loss.flow.is_used(steps):
             require(loss.flow.weights is not None, "loss.flow.weight is above 0: name RAFT-large in loss.flow.weights")
             require(self.data.num_frames > 1, "loss.flow.weight is above 0, but data.num_frames is 1: nothing moves")

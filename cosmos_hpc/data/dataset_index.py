@@ -82,35 +82,36 @@ def split_sizes(path: Path) -> dict[str, int]:
         ) from None
 
 
-def check_dataset(path: str | None, needed: tuple[str, ...] = ("train", "val")) -> None:
+def check_dataset(path: str | None, needed: tuple[str, ...] = ("train", "val"), setting: str = "data.path") -> None:
     """Refuse a dataset that a run could not read.
 
     A Metadataset (a YAML file) passes when the file exists: its parts are checked when they are opened.
 
     Args:
-        path: `data.path`.
+        path: Value of the setting.
         needed: Splits that must hold samples.
+        setting: Its name, for messages.
 
     Raises:
         ConfigError: if the path is not set or not there, has no Energon index, or a needed split is empty.
     """
     if not path:
-        raise ConfigError("data.path is not set: name the folder of a dataset that `cosmos-hpc prepare` has indexed")
+        raise ConfigError(f"{setting} is not set: name the folder of a dataset that `cosmos-hpc prepare` has indexed")
     folder = Path(path)
     if is_metadataset(folder):
         return
     if not folder.is_dir():
         raise ConfigError(
-            f"data.path is {path}, which is not there: name a folder that `cosmos-hpc prepare` has indexed"
+            f"{setting} is {path}, which is not there: name a folder that `cosmos-hpc prepare` has indexed"
         )
     if not shard_counts(folder) or not split_shards(folder):
         raise ConfigError(
-            f"data.path is {path}, which has no Energon index: run `cosmos-hpc prepare {path}` on it first"
+            f"{setting} is {path}, which has no Energon index: run `cosmos-hpc prepare {path}` on it first"
         )
     sizes = split_sizes(folder)
     for split in needed:
         if not sizes.get(split):
             raise ConfigError(
-                f"data.path is {path}, whose split {split} is empty: put shards into {path}/{split}/ "
+                f"{setting} is {path}, whose split {split} is empty: put shards into {path}/{split}/ "
                 f"(or pack into more shards, which are split whole) and run `cosmos-hpc prepare {path}` again"
             )

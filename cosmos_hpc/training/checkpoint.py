@@ -240,6 +240,8 @@ class CheckpointStore:
             if state.average is not None:
                 state.average.module.load_state_dict(_without_prefix(loaded["ema"]))
             state.optimizer.load(loaded)
+            if state.adversary is not None:
+                state.adversary.load(loaded["adversary"])
         state.step = self.saved_step = layout["step"]
         if not keeps_data_position:
             self._restore_ranks(state, source)
@@ -289,6 +291,8 @@ class CheckpointStore:
         sharded = {"model": model, **state.optimizer.sharded_state(model, is_loading=is_loading)}
         if state.average is not None:
             sharded["ema"] = sharded_state_dict_default(state.average.module, prefix="ema.")
+        if state.adversary is not None:
+            sharded["adversary"] = state.adversary.sharded_state(is_loading=is_loading)
         return sharded
 
     def _loader(self, source: Path) -> Any:
@@ -302,7 +306,9 @@ class CheckpointStore:
         """Make the folder of a save; why that can't be, or none. Weights, their average and two moments are to fit."""
         copies = 3 if state.average is None else 4
         self._wait_for_removal()  # room that is being made counts, and the thread would take our folder as well
-        needed = copies * 4 * sum(weight.numel() for weight in state.module.parameters()) + MARGIN_BYTES
+        values = copies * sum(weight.numel() for weight in state.module.parameters())
+        values += 0 if state.adversary is None else state.adversary.num_saved()
+        needed = 4 * values + MARGIN_BYTES
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)

@@ -22,8 +22,10 @@ class WeightAverage:
         """
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self._decay = decay
-        self._averages: list[Tensor] = list(self.module.parameters())
-        self._weights: list[Tensor] = list(module.parameters())
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        moving = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self._averages: list[Tensor] = [average for average, _ in moving]
+        self._weights: list[Tensor] = [weight for _, weight in moving]
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.data.loader import TrainLoader, to_unit_range
 from cosmos_hpc.tokenizer.losses import Losses
+from cosmos_hpc.training.adversary import Adversary
 from cosmos_hpc.training.agreement import Agreement
 from cosmos_hpc.training.checkpoint import CheckpointStore
 from cosmos_hpc.training.ema import WeightAverage
@@ -20,7 +21,7 @@ from cosmos_hpc.training.parallel import DistributedDataParallel, Groups
 from cosmos_hpc.training.preemption import Outcome
 from cosmos_hpc.training.queued_steps import LateCopy, QueuedStep, StepQueue, Stopwatch
 from cosmos_hpc.training.recovery import NonFiniteGuard, Verdict
-from cosmos_hpc.training.telemetry import Telemetry, ValidationScores
+from cosmos_hpc.training.telemetry import StepMetrics, Telemetry, ValidationScores
 from cosmos_hpc.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class TrainState:
     loader: TrainLoader
     """Where the next clips come from."""
 
+    adversary: Adversary | None = None
+    """The discriminator, if one is trained along."""
+
     step: int = 0
     """Updates done, those left out included."""
 
@@ -53,6 +57,12 @@ class TrainState:
 
     skipped_in_a_row: int = 0
     """Updates left out up to now, since the last one that was not."""
+
+    def learn(self, metrics: StepMetrics) -> None:
+        """Tell the schedules, one update late, whether an update was left out."""
+        self.optimizer.learn(metrics.skipped)
+        if self.adversary is not None and metrics.discriminator is not None:
+            self.adversary.optimizer.learn(metrics.skipped)
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,19 @@ def train(state: TrainState, run: Run) -> Outcome:
     run.telemetry.phase("first_step", state.step)
     while state.step < max_steps:
         checkpoints = run.checkpoints
-        run.agreement.start(wants_save=checkpoints.wants_save, is_writing=checkpoints.is_writing, busy_s=queue.busy_s)
+        run.agreement.start(
+            wants_save=checkpoints.wants_save,
+            wants_validation=run.validation.is_wanted,
+            is_writing=checkpoints.is_writing,
+            busy_s=queue.busy_s,
+        )
         queue.append(train_step(state, batches, run))
         agreed = run.agreement.read()
         checkpoints.advance(is_writing=agreed.is_writing)
         run.telemetry.note_step_times(agreed.busy_s, checkpoints.saved_step)
         leaves = agreed.stop is not None or state.step == max_steps
         saves = leaves or agreed.wants_save or checkpoints.is_due(state.step)
-        validates = run.validation.is_due(state.step)
+        validates = agreed.wants_validation or run.validation.is_due(state.step)
         if _settle(state, run, queue, everything=saves or validates, validates=validates) is Verdict.ROLL_BACK:
             _roll_back(state, run, queue)
             continue
@@ -110,6 +125,9 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
     names = run.losses.names(state.step)
     sums = torch.zeros(1 + len(names), device=device)
     state.optimizer.zero_grad()
+    adversary = state.adversary if run.losses.trains_discriminator(state.step) else None
+    if adversary is not None:
+        adversary.optimizer.zero_grad()
     busy = Stopwatch(device)
     for index in range(num_microbatches):
         waited = time.perf_counter()
@@ -119,11 +137,14 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
         with nullcontext() if is_last else state.ddp.no_sync():
             with run.groups.autocast(run.config.trainer.precision):
                 outputs = state.ddp(run.losses.inputs(clips, state.step))
-            sums += run.losses.backward(clips, outputs, state.step, scale=1 / num_microbatches)
+            sums += run.losses.backward(clips, outputs, state.step, scale=1 / num_microbatches, is_last=is_last)
     busy.stop()
     run.groups.finish_gradients(state.ddp)
     losses = run.groups.total(sums) / (num_microbatches * run.groups.rank.world_size)
-    grad_norm, skipped = state.optimizer.step(losses[0])
+    watched = losses if adversary is None else torch.cat([losses, adversary.finish_gradients().view(1)])
+    grad_norm, skipped = state.optimizer.step(watched)
+    if adversary is not None:
+        adversary.step(skipped)
     state.step += 1
     state.consumed_samples += data.global_batch_size
     if state.average is not None:
@@ -145,7 +166,7 @@ def _settle(state: TrainState, run: Run, queue: StepQueue, *, everything: bool, 
     """Note the steps whose numbers are there, validate after the last of them if that is due, and judge them."""
     verdict = Verdict.GO_ON
     for metrics in queue.arrived(everything=everything):
-        state.optimizer.learn(metrics.skipped)
+        state.learn(metrics)
         verdict = run.guard.judge(state, metrics)
         if validates and metrics.step == state.step and verdict is Verdict.GO_ON:
             scores, seconds = _validate(state, run)

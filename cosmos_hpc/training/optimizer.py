@@ -90,18 +90,29 @@ class Optimizer:
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights, unless loss or gradient is not finite; nothing waits for the device.
 
-        Update n (counted from 1, without those left out) of the warm-up runs at n / warmup_steps of the rate; a falling
-        rate is at its least in update `decay_steps`.
-
         Args:
-            loss: of the global batch, the same on every rank; a scalar on the device.
+            loss: of the global batch, the same on every rank, and whatever else is to be finite; on the device.
 
         Returns:
             Global norm of the gradient before clipping, and 1.0 where the update was left out, else 0.0: scalars on
             the device.
         """
         norm = self.gradient_norm()
-        skipped = 1.0 - (norm.isfinite() & loss.isfinite()).float()
+        skipped = 1.0 - (norm.isfinite() & loss.isfinite().all()).float()
+        self.update(norm, skipped)
+        return norm, skipped
+
+    @torch.no_grad()
+    def update(self, norm: Tensor, skipped: Tensor) -> None:
+        """Clip, and update the weights.
+
+        Update n (counted from 1, without those left out) of the warm-up runs at n / warmup_steps of the rate; a falling
+        rate is at its least in update `decay_steps`.
+
+        Args:
+            norm: from `gradient_norm`.
+            skipped: 1.0 to leave the update out, else 0.0: a scalar on the device.
+        """
         self._adam.found_inf = skipped
         # torch's clip_grad_norm_ multiplies by clip / (norm + 1e-6); AdamW divides
         self._adam.grad_scale = ((norm + 1e-6) / self._clip_grad).clamp(min=1.0) if self._clip_grad else None
@@ -110,7 +121,6 @@ class Optimizer:
         self._advance_schedule()
         with cuda_calls_on(self._groups.device):
             self._inner.step()  # the chain around it would read a norm on the host
-        return norm, skipped
 
     def gradient_norm(self) -> Tensor:
         """2-norm over the gradients of all weights, after their reduction: a scalar on the device."""
@@ -146,7 +156,7 @@ class Optimizer:
             model: the network's own sharded state.
             is_loading: the moments are made first where there are none yet.
         """
-        if self._is_distributed and not self._adam.state:
+        if not self._adam.state:
             self._make_moments()
         return {
             "optimizer": self.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=dict(SHARDING)),
@@ -160,6 +170,8 @@ class Optimizer:
         state = loaded["optimizer"]
         moments = state.pop("param_state", None)
         state.pop("param_state_sharding_type", None)
+        if not self._is_distributed:  # Megatron-Core 0.16.1 leaves a count of 0 updates out, and then misses it
+            state["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
         self._inner.load_state_dict(state)
         if moments is not None:  # in one call, Megatron-Core 0.16.1 stumbles over the `step` of torch's AdamW
             steps = {weight: own.pop("step") for weight, own in self._adam.state.items()}
@@ -172,7 +184,7 @@ class Optimizer:
         self._num_updates, self._verdicts = loaded["schedule_lag"]["num_updates"], loaded["schedule_lag"]["verdicts"]
 
     def _make_moments(self) -> None:
-        """Zero moments, without moving a weight: the distributed optimizer can't be saved or loaded before them."""
+        """Zero moments, without moving a weight: an optimizer can't be saved or loaded before them."""
         found_inf = torch.ones((), device=self._groups.device)
         self._adam.found_inf, self._adam.grad_scale = found_inf, None
         for group in self._adam.param_groups:

@@ -42,6 +42,24 @@ class ValidationScores(NamedTuple):
     val_lpips_ema: float | None = None
     """Difference of VGG16's features of the averaged weights."""
 
+    general_psnr: float | None = None
+    """Like those of val, of the clips of data.general_path, where that is set: what is forgotten shows here."""
+
+    general_ssim: float | None = None
+    """Structural similarity."""
+
+    general_lpips: float | None = None
+    """Difference of VGG16's features."""
+
+    general_psnr_ema: float | None = None
+    """Of the averaged weights."""
+
+    general_ssim_ema: float | None = None
+    """Of the averaged weights."""
+
+    general_lpips_ema: float | None = None
+    """Of the averaged weights."""
+
     def written(self) -> dict[str, float]:
         """Those that there are, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
@@ -49,7 +67,8 @@ class ValidationScores(NamedTuple):
     def told(self) -> str:
         """PSNR, as log lines say it."""
         average = "" if self.val_psnr_ema is None else f", of the average {self.val_psnr_ema:.2f} dB"
-        return f"validation PSNR {self.val_psnr:.2f} dB{average}"
+        general = "" if self.general_psnr is None else f", on general video {self.general_psnr:.2f} dB"
+        return f"validation PSNR {self.val_psnr:.2f} dB{average}{general}"
 
 
 class StepMetrics(NamedTuple):
@@ -100,11 +119,17 @@ class StepMetrics(NamedTuple):
     fsq_entropy: float | None = None
     """How unevenly the quantizer's levels are used."""
 
+    adversarial: float | None = None
+    """Minus the discriminator's verdict on the reconstructions."""
+
+    adversarial_weight: float | None = None
+    """What that was multiplied with: the weight, or with `adaptive` its product with the gradients' ratio."""
+
+    discriminator: float | None = None
+    """The discriminator's own loss, from 0 (always right) over 1 (knows nothing)."""
+
     skipped: bool = False
     """Whether the update was left out, as loss or gradient was not finite; written where it is true."""
-
-    save_time_s: float | None = None
-    """Seconds that training stood still for a checkpoint before this step."""
 
     validation: ValidationScores | None = None
     """On steps with a validation; each score stands in the line by its own name."""
