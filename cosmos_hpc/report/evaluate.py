@@ -146,7 +146,7 @@ def evaluate(
             "set a smaller --num-frames, or name other videos"
         )
     return EvaluationSet(
-        data=str(task.data),
+        data=str(task.data.resolve()),
         split=task.split,
         num_frames=task.num_frames,
         num_windows=task.num_windows,

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cosmos_hpc.config.run_folder import read_json
 from cosmos_hpc.report.run_data import RunRecord
 
 SHOWN = 20
@@ -43,18 +42,20 @@ def quarantine_of(record: RunRecord) -> Quarantine:
 
 
 def origins_of(records: Sequence[RunRecord]) -> list[Origin]:
-    """What provenance.json tells, runs with the same code and packages together."""
-    groups: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
+    """What provenance.json tells of the newest start of each run, runs with the same code and packages together."""
+    groups: dict[str, list[tuple[RunRecord, list[dict[str, Any]]]]] = {}
     for record in records:
-        written = read_json(record.folder.provenance)
-        if written:
-            same = {name: written.get(name) for name in ("git_commit", "git_diff", "packages", "python")}
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append((record, written))
+        path = record.folder.provenance
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if starts:
+            same = {name: starts[-1].get(name) for name in ("git_commit", "git_diff", "packages", "python")}
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((record, starts))
     return [_origin(group) for group in groups.values()]
 
 
-def _origin(group: Sequence[tuple[RunRecord, dict[str, Any]]]) -> Origin:
-    written = group[0][1]
+def _origin(group: Sequence[tuple[RunRecord, list[dict[str, Any]]]]) -> Origin:
+    earlier = [(record, start) for record, starts in group for start in starts[:-1]]
+    written = group[0][1][-1]
     packages = written.get("packages") or {}
     diff = str(written.get("git_diff") or "")
     changed = f", {len(diff.splitlines())} lines of uncommitted changes" if diff else ""
@@ -63,6 +64,10 @@ def _origin(group: Sequence[tuple[RunRecord, dict[str, Any]]]) -> Origin:
         ("cosmos-hpc", f"{written.get('cosmos_hpc')}, commit {written.get('git_commit') or 'unknown'}{changed}"),
         ("laid out", f"{written.get('time')} by {written.get('user')} on {written.get('host')}"),
         ("command", " ".join(map(str, command))),
+        *(
+            (f"{record.name} earlier", f"{start.get('time')}, commit {start.get('git_commit') or 'unknown'}")
+            for record, start in earlier
+        ),
         ("python", str(written.get("python"))),
         *((str(name), str(version)) for name, version in packages.items() if version),
     ]

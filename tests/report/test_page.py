@@ -512,7 +512,8 @@ def test_quarantine_and_provenance_are_told(experiment: ExperimentFolder, write_
     lines = [{"shard": "shard-0.tar", "key": f"v{n}", "fault": each, "reason": "<b>"} for n, each in enumerate(faults)]
     folder.quarantine.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"shard": "torn')
     provenance = {"cosmos_hpc": "0.1", "git_commit": "abc123", "git_diff": "-a\n+b", "packages": {"torch": "2.13"}}
-    folder.provenance.write_text(json.dumps({**provenance, "command": ["cosmos-hpc", "submit"], "host": "login-1"}))
+    newest = {**provenance, "command": ["cosmos-hpc", "submit"], "host": "login-1", "image": "sha256:77"}
+    folder.provenance.write_text(json.dumps([{"time": "2026-11-01", "git_commit": "def456"}, newest]))
     page = read_page(write_report(experiment))
     quarantine = page.by_id("quarantine")
     assert quarantine.all("h3")[0].text == f"{folder.path.name}: 24 videos (23 undecodable, 1 hanging)"
@@ -521,3 +522,5 @@ def test_quarantine_and_provenance_are_told(experiment: ExperimentFolder, write_
     assert "0.1, commit abc123, 2 lines of uncommitted changes" in origin
     assert "torch 2.13" in origin
     assert "login-1" in origin
+    assert 'image "sha256:77"' in origin
+    assert f"{folder.path.name} earlier 2026-11-01, commit def456" in origin
