@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_hpc import __version__
+from cosmos_hpc import __version__, data_verbs
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.evidence import evaluate, report
 from cosmos_hpc.names import runs_named as _runs
@@ -91,58 +91,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
-def pack(
-    sources: Annotated[list[Path], typer.Argument(help="Video files, or folders that hold them at any depth.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tar shards.")],
-    shard_size_mib: Annotated[float, typer.Option(help="Size at which a shard is full, in MiB.")] = 256,
-    max_clips_per_shard: Annotated[int | None, typer.Option(help="Videos at which a shard is full.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Pack mp4 files into WebDataset tar shards."""
-    from cosmos_hpc.data.pack import find_videos
-    from cosmos_hpc.data.pack import pack as pack_videos
-
-    with _progress() as progress:
-        task = progress.add_task("pack", total=len(find_videos(sources)))
-        summary = pack_videos(
-            sources,
-            out,
-            shard_size_mib=shard_size_mib,
-            max_clips_per_shard=max_clips_per_shard,
-            on_video=lambda _: progress.advance(task),
-        )
-    if as_json:
-        _print_json(summary._asdict())
-        return
-    for video, reason in summary.refused:
-        print(f"left out {video}: {reason}")
-    print(f"packed {summary.videos} videos ({summary.bytes / 2**20:.1f} MiB) into {summary.shards} shards in {out}")
-    print(f"next: cosmos-hpc prepare {out}")
-
-
-@app.command()
-def prepare(
-    root: Annotated[Path, typer.Argument(help="Folder of tar shards; train/, val/ in it, if there, are the split.")],
-    split: Annotated[str, typer.Option(help="Shares of shards for train, val and test.")] = "99,1,0",
-    num_workers: Annotated[int, typer.Option(help="Shards indexed at the same time.")] = 4,
-    as_json: Json = False,
-) -> None:
-    """Index shards for Energon, without a question."""
-    from cosmos_hpc.data.prepare import prepare as prepare_dataset
-
-    with _progress() as progress:
-        task = progress.add_task("prepare", total=None)
-        counts = prepare_dataset(
-            root,
-            split=_shares(split),
-            num_workers=num_workers,
-            on_shard=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    if as_json:
-        _print_json(counts)
-    else:
-        print(f"prepared {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+app.command()(data_verbs.pack)
+app.command()(data_verbs.prepare)
 
 
 @app.command()
@@ -443,14 +393,6 @@ def _max_parallel(job: Path, overrides: list[str] | None) -> int | None:
     from cosmos_hpc.config.load import load_experiment
 
     return load_experiment(job, overrides or []).sweep.max_parallel
-
-
-def _shares(text: str) -> tuple[float, float, float]:
-    try:
-        train, val, test = (float(share) for share in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--split is {text!r}, but takes three numbers: such as 99,1,0") from None
-    return train, val, test
 
 
 def _wait(folders: "list[RunFolder]", again: str) -> None:

@@ -90,6 +90,10 @@ class ModelConfig:
         return int(TOKENIZER_NAME.search(self.model)["spatial"])  # type: ignore[index]
 
 
+DECODERS = ("decord", "pyav", "torchcodec")
+CLIP_STARTS = ("any", "keyframe")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The dataset and the clips taken from it."""
@@ -121,6 +125,30 @@ class DataConfig:
     shuffle_buffer_size: int = 100
     """Encoded videos held per worker to draw from."""
 
+    decoder: str = neutral("decord")
+    """`decord`, `pyav` or `torchcodec`; where it can't decode a video, another one tries."""
+
+    frame_stride: int = 1
+    """Frames of the video from one frame of a clip to the next."""
+
+    fps: float | None = None
+    """Frames of a clip per second of the video, in place of frame_stride; slower videos give each frame once."""
+
+    resize: int | None = None
+    """What the shorter side of the picture is brought to before clips are cut out, in pixels; none: left as it is."""
+
+    flip: float = 0.0
+    """Share of the clips that are mirrored, left for right."""
+
+    clip_start: str = "keyframe"
+    """`any` frame, or near a `keyframe` where these are over two clips apart on average: cheaper, with fewer starts."""
+
+    clips_per_decode: int = 4
+    """Clips out of one decoded stretch of a video: cheaper, but they lie close in time. A pass has them all."""
+
+    clip_buffer_size: int = 32
+    """Decoded clips held per worker, 6.5 MB each at 33x256x256, to draw from where clips_per_decode is above 1."""
+
     decode_timeout_s: float = neutral(5.0)
     """Seconds of the processor that decoding a clip may take; then its video is left out for the rest of the run."""
 
@@ -128,12 +156,27 @@ class DataConfig:
     """Share of a rank's videos, and at least ten, that have to be unusable for the run to stop; 1: no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size"):
+        at_least_one = ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size")
+        for name in (*at_least_one, "frame_stride", "clips_per_decode", "clip_buffer_size"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is {value}, but must be at least 1")
         require(
             self.num_workers >= 0, f"data.num_workers is {self.num_workers}: set 0 (decode in the rank itself) or more"
         )
+        require(self.decoder in DECODERS, f"data.decoder is {self.decoder}, but takes one of {', '.join(DECODERS)}")
+        require(
+            self.clip_start in CLIP_STARTS,
+            f"data.clip_start is {self.clip_start}, but takes one of {', '.join(CLIP_STARTS)}",
+        )
+        require(
+            self.fps is None or (self.fps > 0 and self.frame_stride == 1),
+            f"data.fps is {self.fps} and data.frame_stride is {self.frame_stride}: set a positive fps or a stride",
+        )
+        require(
+            self.resize is None or self.resize >= self.crop_size,
+            f"data.resize is {self.resize}, less than data.crop_size {self.crop_size}: set at least as much",
+        )
+        require(0 <= self.flip <= 1, f"data.flip is {self.flip}: set a share from 0 to 1")
         require(self.decode_timeout_s > 0, f"data.decode_timeout_s is {self.decode_timeout_s}: set a number of seconds")
         require(
             0 <= self.max_bad_share <= 1,

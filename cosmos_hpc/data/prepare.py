@@ -17,6 +17,7 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import write_atomically
 from cosmos_hpc.data.bad_videos import SkippedVideos
+from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.dataset_index import META_FOLDER, shard_counts, split_shards, split_sizes
 from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.task_encoder import ClipTaskEncoder
@@ -243,7 +244,7 @@ def _load_one(root: Path, part: str) -> None:
                 batch_size=1,
                 limit=1,
                 task_encoder=ClipTaskEncoder(
-                    num_frames=1, crop_size=16, seed=None, clip_decoder=clip_decoder, skipped=skipped
+                    kind=ClipKind(1, 16, 16), seed=None, clip_decoder=clip_decoder, skipped=skipped
                 ),
             )
             loader = get_loader(dataset, watchdog_timeout_seconds=None)

@@ -16,8 +16,8 @@ import numpy as np
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
 from cosmos_hpc.data.dataset_index import is_metadataset, metadataset_parts, split_shards
-from cosmos_hpc.data.pack import find_videos, named_videos
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
+from cosmos_hpc.data.video_names import find_videos, named_videos
 
 MASK_VIDEO = ".mask.mp4"
 """How the name of a video ends that is the mask of another."""

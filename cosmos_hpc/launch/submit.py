@@ -193,7 +193,7 @@ def _send(
     import submitit
 
     executor = _executor(run, experiment, max_parallel)
-    shield = _shielded() if run.cluster.executor == "local" else contextlib.nullcontext()
+    shield = shielded() if run.cluster.executor == "local" else contextlib.nullcontext()
     try:
         with shield, executor.batch():
             submitted = [executor.submit(job) for job in jobs]
@@ -218,7 +218,7 @@ def _executor(run: RunConfig, experiment: ExperimentFolder, max_parallel: int | 
 
 
 @contextlib.contextmanager
-def _shielded() -> Iterator[None]:
+def shielded() -> Iterator[None]:
     """Processes started inside outlive Ctrl-C and the closing of the terminal, as jobs of a cluster do.
 
     They learn which GPUs the caller sees by another name, since submitit overwrites the usual one.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.data.pack import MIB
+from cosmos_hpc.data.pack_shard import MIB
 from cosmos_hpc.data.sources import Video, decoded, find, look_into, opened
 from cosmos_hpc.tokenize.ledger import Ledger, Outcome, Settings
 from cosmos_hpc.tokenize.samples import (

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from small_videos import film, pictures
 
-from cosmos_hpc.data.clips import decode_clip
+from cosmos_hpc.data.choosing import ClipKind
+from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, read_middle, write_mp4
 
 
@@ -68,7 +69,9 @@ def test_video_filmed_sideways_is_read_upright_as_in_training(tmp_path, matrix, 
         at = raw.index(b"tkhd") + 44 + 4 * place
         raw[at : at + 4] = (value << 16).to_bytes(4, "big", signed=True)
     (tmp_path / "b.mp4").write_bytes(raw)
-    for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), decode_clip(bytes(raw), 0, 3), strict=True):
+    height, width = next(read_frames(tmp_path / "b.mp4")).shape[:2]
+    (clip,) = ClipDecoder(60.0).clips(bytes(raw), ClipKind(3, height, width), None)
+    for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), clip.permute(1, 2, 3, 0).numpy(), strict=True):
         assert np.array_equal(frame, in_training)
         assert np.abs(np.rot90(picture, num_turns).astype(int) - frame).mean() < 5
 
