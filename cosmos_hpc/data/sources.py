@@ -1,6 +1,5 @@
 """The videos that a call names, as files or inside tar shards, and their frames."""
 
-import glob
 import os
 import re
 import tarfile
@@ -17,10 +16,10 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
 from cosmos_hpc.data.dataset_index import is_metadataset, metadataset_parts, split_shards
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
-from cosmos_hpc.data.video_names import find_videos, named_videos
+from cosmos_hpc.data.video_names import find_videos, named_videos, siblings
 
-MASK_VIDEO = ".mask.mp4"
-"""How the name of a video ends that is the mask of another."""
+FILM = re.compile(r"(?!mask\.)(?:(.+)\.)?(?:mp4|m4v|mov|mkv|webm)")
+"""Members of a sample that are videos, and the camera where there are several."""
 
 
 class Part(NamedTuple):
@@ -57,6 +56,9 @@ class Video(NamedTuple):
 
     offset: int = 0
     """Where it begins in the shard."""
+
+    camera: str | None = None
+    """Which of several in a sample took it."""
 
     siblings: Mapping[str, Part] = MappingProxyType({})
     """What lies beside it under the same key, by its ending, such as `json`."""
@@ -125,7 +127,6 @@ def of_split(source: Path, split: str) -> list[Video]:
             return [
                 Video(key, key, path, path.stat().st_size, siblings=_beside(path))
                 for path, key in named_videos([source])
-                if not path.name.endswith(MASK_VIDEO)
             ]
     else:
         shards = [source / name for name in splits.get(split, [])]
@@ -137,9 +138,7 @@ def of_split(source: Path, split: str) -> list[Video]:
 
 
 def _beside(video: Path) -> dict[str, Part]:
-    """What lies beside a video file under its name, by its ending."""
-    others = (other for other in video.parent.glob(f"{glob.escape(video.stem)}.*") if other != video)
-    return {other.name[len(video.stem) + 1 :]: Part(other, 0, other.stat().st_size) for other in sorted(others)}
+    return {ending: Part(path, 0, path.stat().st_size) for ending, path in siblings(video).items()}
 
 
 def _interleaved(groups: list[list[Video]]) -> Iterator[Video]:
@@ -218,9 +217,11 @@ def _members(shard: Path, name: str) -> Iterator[Video]:
     except (tarfile.TarError, OSError) as error:
         raise ConfigError(f"{shard} can't be read as a tar ({error}): pack it again") from None
     for key, members in parts.items():
-        video = members.pop("mp4", None)
-        if video is None:
-            continue
         if ".." in PurePosixPath(key).parts or key.startswith("/"):
             raise ConfigError(f"{shard} holds {key}.mp4, which points out of it: pack it again")
-        yield Video(f"{name}/{key}", key, shard, video.size, name, video.offset, members)
+        films = {ending: film for ending in members if (film := FILM.fullmatch(ending))}
+        others = {ending: part for ending, part in members.items() if ending not in films}
+        for ending, film in films.items():
+            camera, part = film[1], members[ending]
+            name_of = key if camera is None else f"{key}-{camera}"
+            yield Video(f"{name}/{name_of}", name_of, shard, part.size, name, part.offset, camera, others)

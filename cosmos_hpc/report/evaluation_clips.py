@@ -17,15 +17,13 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
 from cosmos_hpc.data.sources import Part, Video, opened
 from cosmos_hpc.data.video_file import MiddleFrames, read_frames, read_middle
+from cosmos_hpc.data.video_names import MASK_ENDINGS
 
 AHEAD = 4
 """Clips that are decoded while the networks look at one."""
 
 WHOLE_FRAMES_STEP = 16
 """Whole frames are cut to multiples of this, which every tokenizer takes."""
-
-MASKS = ("mask.mp4", "mask.png")
-"""Siblings whose white pixels count as inside: one frame for each of the video, or one for all."""
 
 
 class EvaluationClip(NamedTuple):
@@ -39,7 +37,7 @@ class EvaluationClip(NamedTuple):
     """bool [1, T, H, W] of the pixels in boxes or masks; none where there are none."""
 
     facts: dict[str, Any]
-    """The JSON beside it; `height` and `width` of the video where that does not give them."""
+    """The JSON beside it; height and width, and the camera of several, where that does not give them."""
 
 
 class ClipShape(NamedTuple):
@@ -83,9 +81,9 @@ def clip_of(video: Video, shape: ClipShape) -> EvaluationClip:
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)
     full = pixels.shape[1:]
     inside = _inside(video, facts, start, full)
-    facts = {"height": full[1], "width": full[2], **facts}
+    seen = {"height": full[1], "width": full[2]} | ({} if video.camera is None else {"camera": video.camera})
     cut = None if inside is None else _cut(inside, shape.crop_size) > 127
-    return EvaluationClip(video.name, _cut(pixels, shape.crop_size).contiguous(), cut, facts)
+    return EvaluationClip(video.name, _cut(pixels, shape.crop_size).contiguous(), cut, seen | facts)
 
 
 def value_of(facts: dict[str, Any], field: str) -> str | None:
@@ -125,7 +123,7 @@ def _facts(video: Video) -> dict[str, Any]:
 
 def _inside(video: Video, facts: dict[str, Any], start: int, size: torch.Size) -> Tensor | None:
     """What boxes and masks mark of the clip's full frames, uint8 [1, T, H, W] of 0 and 255; none without any."""
-    masks = [video.siblings[ending] for ending in MASKS if ending in video.siblings]
+    masks = [video.siblings[ending] for ending in MASK_ENDINGS if ending in video.siblings]
     if not masks and not facts.get("boxes"):
         return None
     inside = np.zeros(size, np.uint8)

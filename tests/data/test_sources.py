@@ -7,6 +7,7 @@ import pytest
 from webdataset import TarWriter
 
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.sources import of_split
 
@@ -48,6 +49,18 @@ def test_loose_videos_have_siblings_by_their_name_and_masks_are_no_videos(videos
     assert found["drive[1].mp4"]["json"].read() == b"[]"
 
 
+def test_cameras_of_a_sample_are_videos_of_their_own(videos: Path, tmp_path: Path) -> None:
+    raw = next((videos / "val").iterdir()).read_bytes()
+    with TarWriter(str(tmp_path / "shard.tar")) as shard:
+        shard.write({"__key__": "drive", "front.mp4": raw, "rear.mkv": raw, "mask.mp4": raw, "json": {"night": True}})
+    found = of_split(tmp_path, "val")
+    assert [(video.name, video.camera) for video in found] == [
+        ("shard/drive-front", "front"),
+        ("shard/drive-rear", "rear"),
+    ]
+    assert sorted(found[0].siblings) == ["json", "mask.mp4"]
+
+
 def test_a_blend_gives_the_videos_of_all_its_datasets(dataset: Path, with_siblings: Path, tmp_path: Path) -> None:
     blend = tmp_path / "blend.yaml"
     blend.write_text(
@@ -60,3 +73,19 @@ def test_a_blend_gives_the_videos_of_all_its_datasets(dataset: Path, with_siblin
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(dataset: Path) -> None:
     with pytest.raises(ConfigError, match=r"no video in its split test; it has train, val"):
         of_split(dataset, "test")
+
+
+def test_packed_videos_bring_what_lies_beside_them_as_far_as_it_still_fits(videos: Path, tmp_path: Path) -> None:
+    drives = tmp_path / "drives"
+    drives.mkdir()
+    raw = next((videos / "val").iterdir()).read_bytes()
+    for name in ("drive.mp4", "drive.mask.mp4"):
+        (drives / name).write_bytes(raw)
+    (drives / "drive.json").write_text('{"night": true, "boxes": [[0, 0, 8, 8]]}')
+    pack([drives], tmp_path / "whole")
+    [video] = of_split(tmp_path / "whole", "val")
+    assert json.loads(video.siblings["json"].read()) == {"night": True, "boxes": [[0, 0, 8, 8]]}
+    assert video.siblings["mask.mp4"].read() == raw
+    pack([drives], tmp_path / "small", height=32)
+    [video] = of_split(tmp_path / "small", "val")
+    assert {ending: json.loads(part.read()) for ending, part in video.siblings.items()} == {"json": {"night": True}}
