@@ -3,7 +3,6 @@
 Heavy modules are imported inside the verbs that need them: a login node answers at once.
 """
 
-import dataclasses
 import errno
 import json
 import sys
@@ -17,9 +16,11 @@ from cosmos_hpc import __version__, data_verbs
 from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
 from cosmos_hpc.cli_submission import Json, plan, submit
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.evidence import evaluate, report
+from cosmos_hpc.names import weights_named as _weights
 
 if TYPE_CHECKING:
-    from cosmos_hpc.config.run_folder import RunFolder
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,29 +124,7 @@ for verb in (status, cancel, requeue, checkpoint_now, logs, explain):
     app.command()(verb)
 
 
-@app.command()
-def evaluate(
-    sources: Annotated[list[str], typer.Argument(help="Runs (EXPERIMENT/RUN), checkpoints or folders of weights.")],
-    data: Annotated[Path, typer.Option(help="Prepared dataset; its split val is used.")],
-    num_frames: Annotated[int, typer.Option(help="Frames per clip, 1 + 8k.")] = 33,
-    crop_size: Annotated[int, typer.Option(help="Height and width of a clip in pixels.")] = 256,
-    as_json: Json = False,
-) -> None:
-    """Compare weights on unseen clips: mean PSNR and the worst 5 %."""
-    from cosmos_hpc.config.schema import DataConfig
-    from cosmos_hpc.report.evaluate import evaluate as evaluate_weights
-    from cosmos_hpc.tables import print_evaluations
-
-    settings = DataConfig(path=str(data), num_frames=num_frames, crop_size=crop_size, num_workers=0)
-    with _progress() as progress:
-        task = progress.add_task("evaluate", total=None)
-        rows = evaluate_weights(
-            [_weights(source) for source in sources], settings, on_batch=lambda: progress.advance(task)
-        )
-    if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-        return
-    print_evaluations(rows)
+app.command()(evaluate)
 
 
 @app.command()
@@ -289,12 +268,7 @@ def tokenize(
     print(f"tokenized {written} ({summary.bytes / 2**20:.1f} MiB) in {out}; {summary.kept} were dealt with before")
 
 
-@app.command()
-def report(experiment: Annotated[str, typer.Argument(help="Experiment.")]) -> None:
-    """Write an experiment's report: one HTML file."""
-    from cosmos_hpc.report.page import write_report
-
-    print(write_report(_runs(experiment)[0].experiment))
+app.command()(report)
 
 
 @app.command()
@@ -307,30 +281,6 @@ def quickstart(
     from cosmos_hpc.quickstart import run_quickstart
 
     run_quickstart(out)
-
-
-def _runs(name: str | None) -> "list[RunFolder]":
-    from cosmos_hpc.api import runs
-
-    return runs(name)
-
-
-def _weights(source: str) -> Path:
-    """A path as it is, the folder of a run named EXPERIMENT/RUN, or what `fetch` brought of a repository."""
-    from cosmos_hpc.launch.fetch import cached
-
-    if Path(source).exists():
-        return Path(source)
-    try:
-        found = _runs(source)
-    except ConfigError as no_run:
-        try:
-            return cached(source)
-        except ConfigError:
-            raise no_run from None
-    if len(found) > 1:
-        raise ConfigError(f"{source} names {len(found)} runs: choose one of {', '.join(run.label for run in found)}")
-    return found[0].path
 
 
 def _print_json(value: Any) -> None:

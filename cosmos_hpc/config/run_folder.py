@@ -227,6 +227,11 @@ class ExperimentFolder:
         """The HTML page."""
         return self.path / "report" / "index.html"
 
+    @property
+    def evaluations(self) -> Path:
+        """Holds a folder for each set of videos that the runs were evaluated on."""
+        return self.path / "report" / "evaluations"
+
     def slot_lock(self, slot: int) -> Path:
         """Locked by the supervisor that holds one of `max_parallel` places on this machine."""
         return self.path / "slots" / f"{slot}.lock"

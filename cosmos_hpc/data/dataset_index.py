@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from braceexpand import braceexpand
@@ -14,6 +15,24 @@ META_FOLDER = ".nv-meta"
 def is_metadataset(path: Path) -> bool:
     """True for a Metadataset: a YAML file that blends several datasets."""
     return path.is_file() and path.suffix in (".yaml", ".yml")
+
+
+def metadataset_parts(path: Path, split: str) -> list[Path]:
+    """The datasets that a Metadataset reads for a split, each once; relative paths begin at its own folder."""
+    found: dict[Path, None] = {}
+
+    def collect(node: Any) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("path"), str):
+                found[path.parent / node["path"]] = None
+            for value in node.values():
+                collect(value)
+        elif isinstance(node, list):
+            for value in node:
+                collect(value)
+
+    collect((yaml.safe_load(path.read_text()).get("splits") or {}).get(split))
+    return list(found)
 
 
 def shard_counts(path: Path) -> dict[str, int]:

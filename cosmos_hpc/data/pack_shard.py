@@ -14,6 +14,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError, memory_file
 from cosmos_hpc.data.probing import Probe, guarded, probe_closely
 from cosmos_hpc.data.reencode import CRF, parts, reencode
+from cosmos_hpc.data.video_names import siblings
 
 MIB = 1024 * 1024
 PROBE_S, ENCODE_S = 60.0, 3600.0
@@ -155,7 +156,9 @@ def _add(
             for number, content in enumerate(contents):
                 key = video.key if len(contents) == 1 else f"{video.key}-{number:04d}"
                 size = video.num_bytes if content is None else len(content)
-                _write(writer, key, file if content is None else io.BytesIO(content), size)
+                _write(writer, f"{key}.mp4", file if content is None else io.BytesIO(content), size)
+                for ending, sibling in _siblings(video, settings, is_whole=len(contents) == 1).items():
+                    _write(writer, f"{key}.{ending}", io.BytesIO(sibling), len(sibling))
                 yield key, size, probe if content is None else _probed(content, settings)
     except OSError as error:
         if str(error.filename) != video.path:
@@ -189,7 +192,19 @@ def _probed(content: bytes, settings: PackSettings) -> Probe | None:
         return found
 
 
-def _write(writer: tarfile.TarFile, key: str, content: Any, size: int) -> None:
-    info = tarfile.TarInfo(f"{key}.mp4")
+def _siblings(video: PlannedVideo, settings: PackSettings, is_whole: bool) -> dict[str, bytes]:
+    """What lies beside a video and still fits what becomes of it: boxes and masks are of its own frames and size."""
+    found = {ending: path.read_bytes() for ending, path in siblings(Path(video.path)).items()}
+    if is_whole and settings.height is None:
+        return found
+    try:
+        facts = json.loads(found["json"])
+        return {"json": json.dumps({name: value for name, value in facts.items() if name != "boxes"}).encode()}
+    except (KeyError, ValueError, AttributeError):
+        return {}
+
+
+def _write(writer: tarfile.TarFile, name: str, content: Any, size: int) -> None:
+    info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o444  # no time and no owner: equal videos, equal shards
     writer.addfile(info, content)

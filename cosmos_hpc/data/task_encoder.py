@@ -25,8 +25,8 @@ from cosmos_hpc.data.clips import UndecodableError
 from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.streams import NumberedPasses, pass_of
 
-CAMERA = re.compile(r"(?:.+\.)?(?:mp4|m4v|mov|mkv|webm|avi|jpg|jpeg|png|webp)")
-"""Fields that hold what a camera saw: mp4, or front.mp4 and rear.mp4 in one sample."""
+CAMERA = re.compile(r"(?!mask\.)(?:.+\.)?(?:mp4|m4v|mov|mkv|webm|avi|jpg|jpeg|png|webp)")
+"""Fields that hold what a camera saw: mp4, or front.mp4 and rear.mp4 in one sample; masks do not."""
 
 
 @edataclass

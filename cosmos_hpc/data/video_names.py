@@ -12,6 +12,9 @@ from cosmos_hpc.config.errors import ConfigError
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 LISTS = (".csv", ".txt")
 
+MASK_ENDINGS = ("mask.mp4", "mask.png")
+"""What follows a video's name in that of its mask: white pixels are inside, in each of its frames or in all."""
+
 
 class NamedVideo(NamedTuple):
     """A video file."""
@@ -70,12 +73,19 @@ def all_videos(sources: Sequence[Path]) -> list[NamedVideo]:
     return list(found.values())
 
 
+def siblings(video: Path) -> dict[str, Path]:
+    """The JSON and the masks beside a video file, by what follows its name."""
+    named = {ending: video.with_name(f"{video.stem}.{ending}") for ending in ("json", *MASK_ENDINGS)}
+    return {ending: path for ending, path in named.items() if path.is_file()}
+
+
 def _below(source: Path) -> Iterator[tuple[Path, str]]:
     if source.is_dir():
         for video in sorted(source.rglob("*")):
             below = video.relative_to(source)
             hidden = any(part.startswith(".") for part in below.parts)  # ._clip.mp4 is no video but a Mac's note on it
-            if video.suffix.lower() in SUFFIXES and video.is_file() and not hidden:
+            is_mask = video.name.endswith(f".{MASK_ENDINGS[0]}")
+            if video.suffix.lower() in SUFFIXES and video.is_file() and not hidden and not is_mask:
                 yield video, str(below.with_suffix(""))
     elif source.is_file() and source.suffix.lower() in LISTS:
         yield from _listed(source)

@@ -287,10 +287,10 @@ from cosmos_hpc.data import pack_shard
 from cosmos_hpc.data.pack import pack
 
 write = pack_shard._write
-def slow(writer, key, *rest):
-    write(writer, key, *rest)
+def slow(writer, name, *rest):
+    write(writer, name, *rest)
     writer.fileobj.flush()
-    if key == "07":
+    if name == "07.mp4":
         print("here", flush=True)
         import time; time.sleep(60)
 
