@@ -210,9 +210,11 @@ def own_job(job: str) -> OwnJob:
     start, end = _unix_s(told.get("StartTime")), _unix_s(told.get("EndTime"))
     limit = _seconds(told.get("TimeLimit", ""))
     full_end = None if start is None or limit is None else start + limit - 1
-    is_cut_short = end is not None and full_end is not None and end < full_end  # PreemptTime is told a second later
+    state = told.get("JobState", FORGOTTEN)
+    # Told a second before PreemptTime is; a job that was cancelled or requeued ends early as well, but no longer runs.
+    is_cut_short = state == "RUNNING" and end is not None and full_end is not None and end < full_end
     return OwnJob(
-        state=told.get("JobState", FORGOTTEN),
+        state=state,
         restarts=int(told.get("Restarts", 0)),
         nodes=_known(told.get("NodeList")),
         ends_at=end,

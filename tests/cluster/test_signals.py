@@ -18,6 +18,12 @@ FLAVORS = [Flavor(), Flavor("linuxproc"), Flavor(preempts_by_user_signal=True)]
 ON_EACH_FLAVOR = pytest.mark.parametrize("slurm_cluster", FLAVORS, indirect=True, ids=str)
 STAND_IN = Path(__file__).parent / "stand_in"
 
+LONG = "trainer.max_steps=3000"
+"""For runs that are ended before."""
+
+SOME = "trainer.max_steps=90"
+"""For runs that something happens to, on a busy machine as well."""
+
 
 @pytest.fixture
 def counting_job(quick_job: Path) -> Path:
@@ -32,7 +38,7 @@ def counting_job(quick_job: Path) -> Path:
 
 @ON_EACH_FLAVOR
 def test_a_preempted_run_leaves_by_itself_and_goes_on_where_it_was(slurm_cluster, counting_job, tmp_path, events):
-    (folder,) = submit(counting_job, "preempted")
+    (folder,) = submit(counting_job, "preempted", SOME)
     wait_for_step(slurm_cluster, folder, 3)
     with events.event(slurm_cluster, folder, "preemption", ranks="stand-in"):
         high = slurm_cluster.sbatch(
@@ -41,13 +47,13 @@ def test_a_preempted_run_leaves_by_itself_and_goes_on_where_it_was(slurm_cluster
         slurm_cluster.wait_for_state(high, "COMPLETED")
     wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
     assert outcomes(folder) == ["preempted", "finished"], story(slurm_cluster, folder)
-    assert steps(folder) == list(range(1, 31))
+    assert steps(folder) == list(range(1, 91))
     assert slurm_cluster.job(job_id(folder)).restarts == 1
 
 
 @ON_EACH_FLAVOR
 def test_a_cancelled_run_saves_and_never_comes_back(slurm_cluster, counting_job):
-    (folder,) = submit(counting_job, "cancelled")
+    (folder,) = submit(counting_job, "cancelled", LONG)
     wait_for_step(slurm_cluster, folder, 3)
     assert "asked to save and stop" in cosmos_hpc("cancel", "cancelled")
     wait_for_end(slurm_cluster, folder, "CANCELLED")
@@ -58,7 +64,7 @@ def test_a_cancelled_run_saves_and_never_comes_back(slurm_cluster, counting_job)
 
 
 def test_a_run_that_somebody_ends_by_scancel_saves_and_never_comes_back(slurm_cluster, counting_job):
-    (folder,) = submit(counting_job, "ended")
+    (folder,) = submit(counting_job, "ended", LONG)
     wait_for_step(slurm_cluster, folder, 3)
     slurm_cluster.call("scancel", job_id(folder))
     wait_for_end(slurm_cluster, folder, "CANCELLED")
@@ -72,12 +78,12 @@ def test_a_run_that_somebody_ends_by_scancel_saves_and_never_comes_back(slurm_cl
 
 def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster, counting_job, tmp_path):
     high = slurm_cluster.sbatch(
-        "sleep 60", "--partition=high", "--nodes=4", "--exclusive", output=tmp_path / "high.out"
+        "sleep 600", "--partition=high", "--nodes=4", "--exclusive", output=tmp_path / "high.out"
     )
     slurm_cluster.wait_for_state(high, "RUNNING")
-    (folder,) = submit(counting_job, "waiting")
+    (folder,) = submit(counting_job, "waiting", SOME)
     assert (run_status(folder).status, run_status(folder).job.state) == ("pending", "PENDING")
-    assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting")
+    assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting", SOME)
     assert "waits in the queue: " in cosmos_hpc("explain", "waiting")
     assert "waits in the queue already" in cosmos_hpc("requeue", "waiting")
     assert "will not start" in cosmos_hpc("cancel", "waiting")
@@ -85,13 +91,13 @@ def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster
     assert run_status(folder).status == "cancelled"
     slurm_cluster.call("scancel", high)
 
-    submit(counting_job, "waiting")
+    submit(counting_job, "waiting", SOME)
     wait_for_step(slurm_cluster, folder, 3)
     assert run_status(folder).status == "running"
     slurm_cluster.call("scontrol", "requeue", job_id(folder))  # by somebody else
     wait_until(lambda: run_status(folder).status == "pending", "the queue", 30, lambda: run_status(folder))
     assert not run_status(folder).is_over
-    assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting")
+    assert "sent 0 of 1" in cosmos_hpc("submit", counting_job, "name=waiting", SOME)
     wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
     assert run_status(folder).status == "finished", story(slurm_cluster, folder)
     assert slurm_cluster.job(job_id(folder)).restarts == 1
@@ -99,7 +105,7 @@ def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster
 
 def test_only_the_element_of_an_array_that_is_requeued_starts_again(slurm_cluster, counting_job):
     sweep = "sweep: {grid: {trainer.seed: [0, 1, 2, 3, 4, 5]}, max_parallel: 2}\n"
-    counting_job.write_text(counting_job.read_text().replace("max_steps: 30", "max_steps: 20") + sweep)
+    counting_job.write_text(counting_job.read_text().replace("max_steps: 30", "max_steps: 60") + sweep)
     planned = cosmos_hpc("plan", counting_job, "name=array", "--script")
     assert not (runs_folder() / "array").exists()
     assert "#SBATCH --array=0-5%2" in planned
