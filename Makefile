@@ -1,6 +1,7 @@
 # make quickstart   the whole journey on this machine, on real clips
-# make test         the tests, except those on a SLURM cluster
+# make test         the tests, except those on a SLURM cluster and those that train for minutes
 # make test-cluster those on a SLURM cluster of four nodes, which they bring up on this machine (root, Debian packages)
+# make test-training  trains narrow networks on the quickstart's films, and compares losses and validation
 # make test-faults  kills a run 25 times, wherever it can be hit, and compares it with the unbroken one (root)
 # make test-faults-all  the same, 200 times
 # make test-all     all tests
@@ -12,7 +13,7 @@ WHERE ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test test-cluster test-faults test-faults-all test-all check docs clean help
+.PHONY: quickstart test test-cluster test-training test-faults test-faults-all test-all check docs clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,6 +26,9 @@ test: $(READY)
 
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m slurm tests/cluster
+
+test-training: $(READY)
+	$(BIN)/python -m pytest -m training tests/training
 
 test-faults: $(READY)
 	COSMOS_HPC_FAULTS=25 $(BIN)/python -m pytest -s tests/faults

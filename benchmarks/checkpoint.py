@@ -5,8 +5,9 @@ torchrun --nproc-per-node 2 benchmarks/checkpoint.py      # with more ranks
 
 Weights, their average and Adam's moments of a CV8x8x8 after one update. `stall`: seconds for which training stands
 still; `total`: until the checkpoint is whole on disk (this kit's is synced and has a SHA-256 of each file).
-With --restart, also the seconds from the start of the process to the first step after a resume (torchrun, imports,
-verification and data included), on films that the script makes.
+
+Then, in processes of their own, the seconds from the start of a process to its first step, cold and resumed, beside a
+plain script that takes the same step after torch.load: no launcher, groups, checksums, data or validation.
 """
 
 import argparse
@@ -66,7 +67,6 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=128, help="width of the network; 128 is the released one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder on the file system to measure; a temporary one if left out")
-    parser.add_argument("--restart", action="store_true", help="also time a resume, in processes of its own")
     arguments = parser.parse_args()
     groups = Groups.start(current_rank())
     root = Path(groups.from_first(str(arguments.out or tempfile.mkdtemp(prefix="checkpoints-"))))
@@ -90,8 +90,7 @@ def main() -> None:
         _print(costs, groups)
     groups.stop()
     if groups.rank.is_first:
-        if arguments.restart:
-            _time_restart(root / "restart", arguments.channels)
+        _time_starts(root / "starts", arguments.channels, arguments.rounds)
         if arguments.out is None:
             shutil.rmtree(root)
 
@@ -205,29 +204,92 @@ def _mib(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 2**20
 
 
-def _time_restart(root: Path, channels: int) -> None:
-    """Train until a step is done, stop with SIGTERM, start again; each time by torchrun's own line."""
+PLAIN = """
+import copy, sys, torch
+from pathlib import Path
+from cosmos_hpc.config.schema import ModelConfig
+from cosmos_hpc.tokenizer import starting_tokenizer
+path, device = Path(sys.argv[1]), "cuda" if torch.cuda.is_available() else "cpu"
+module = starting_tokenizer(ModelConfig(channels=int(sys.argv[2])), 0).to(device)
+average = copy.deepcopy(module)
+adam = torch.optim.AdamW(module.parameters(), fused=True)
+if path.exists():
+    state = torch.load(path, map_location=device)
+    module.load_state_dict(state["model"])
+    average.load_state_dict(state["ema"])
+    adam.load_state_dict(state["optimizer"])
+clips = torch.rand(1, 3, 9, 64, 64, device=device) * 2 - 1
+with torch.autocast(device, torch.bfloat16):
+    loss = (module(clips).reconstructions.float() - clips).abs().mean()
+loss.backward()
+adam.step()
+print(loss.item(), flush=True)
+if not path.exists():
+    torch.save({"model": module.state_dict(), "ema": average.state_dict(), "optimizer": adam.state_dict()}, path)
+"""
+"""A step of the same network on a clip of the same size, by torch alone."""
+
+
+def _time_starts(root: Path, channels: int, rounds: int) -> None:
+    """Start this kit's run and the plain script in turn, first from nothing and then from what they saved."""
     _make_dataset(root)
-    settings = [f"data.path={root}/shards", f"model.channels={channels}", "data.num_frames=17", "data.crop_size=128"]
+    seconds: dict[str, list[tuple[float, float]]] = {"cold start": [], "resume": []}
+    for number in range(rounds + 1):
+        both = _start_kit(root, channels), _start_plain(root / "plain.pt", channels)
+        seconds["resume" if number else "cold start"].append(both)
+    steps = [line["step"] for line in _step_lines(root)]
+    assert steps == list(range(1, len(steps) + 1)), f"a resume went wrong: {steps}"
+    table = Table(title=f"from process start to the first step, width {channels}, medians")
+    for column in ("start", "this kit s", "plain torch s", "of plain torch's"):
+        table.add_column(column, justify="left" if column == "start" else "right")
+    for name, pairs in seconds.items():
+        kit, plain = (statistics.median(each) for each in zip(*pairs, strict=True))
+        table.add_row(name, f"{kit:.1f}", f"{plain:.1f}", f"{kit / plain:.2f}")
+    Console().print(table)
+
+
+def _start_kit(root: Path, channels: int) -> float:
+    """By torchrun's own line, until the first step's line is there; then it is asked to save and leave."""
+    settings = [f"data.path={root}/shards", f"model.channels={channels}", "data.num_frames=9", "data.crop_size=64"]
     settings += ["data.global_batch_size=1", "data.num_workers=1", "trainer.limit_val_batches=1"]
+    settings += ["trainer.val_check_interval=5000", "loss.lpips.weight=0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "cosmos_hpc.train", *settings]
-    environment = {**os.environ, "COSMOS_HPC_RUNS": str(root / "runs")}
-    for name in ("fresh start", "resume", "resume"):
-        before, started = _num_steps(root), time.perf_counter()
-        with (root / "log").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        while _num_steps(root) == before:
-            if process.poll() is not None:
-                raise RuntimeError((root / "log").read_text())
-            time.sleep(0.02)
-        print(f"{name}: {time.perf_counter() - started:.1f} s from the start of torchrun to the first step's line")
-        (heartbeat,) = (root / "runs").glob("*/*/heartbeat.json")
-        os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGTERM)
-        process.wait()
+    before, started = len(_step_lines(root)), time.perf_counter()
+    with (root / "log").open("w") as log:
+        runs = {"COSMOS_HPC_RUNS": str(root / "runs")}
+        process = subprocess.Popen(command, env={**_clean_environment(), **runs}, stdout=log, stderr=log)
+    while len(_step_lines(root)) == before:
+        if process.poll() is not None:
+            raise RuntimeError((root / "log").read_text())
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    (heartbeat,) = (root / "runs").glob("*/*/heartbeat.json")
+    os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGTERM)
+    process.wait()
+    return seconds
 
 
-def _num_steps(root: Path) -> int:
-    return sum(path.read_text().count('"loss"') for path in (root / "runs").glob("*/*/metrics.jsonl"))
+def _start_plain(path: Path, channels: int) -> float:
+    started = time.perf_counter()
+    command = [sys.executable, "-c", PLAIN, str(path), str(channels)]
+    with subprocess.Popen(command, env=_clean_environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise RuntimeError(f"the plain script failed: {process.wait()}")
+        return time.perf_counter() - started
+
+
+def _clean_environment() -> dict[str, str]:
+    """Without what torchrun has told this process of itself."""
+    own = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(own)}
+
+
+def _step_lines(root: Path) -> list[dict[str, Any]]:
+    """Whole lines of steps that are done."""
+    written = [path.read_text().rpartition("\n")[0] for path in (root / "runs").glob("*/*/metrics.jsonl")]
+    lines = [json.loads(line) for text in written for line in text.splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def _make_dataset(root: Path) -> None:

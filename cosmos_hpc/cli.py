@@ -3,7 +3,6 @@
 Heavy modules are imported inside the verbs that need them: a login node answers at once.
 """
 
-import dataclasses
 import errno
 import json
 import sys
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_hpc import __version__
+from cosmos_hpc import __version__, data_verbs
 from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
 from cosmos_hpc.cli_submission import Json, plan, submit
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.evidence import evaluate, report
+from cosmos_hpc.names import weights_named as _weights
 
 if TYPE_CHECKING:
-    from cosmos_hpc.config.run_folder import RunFolder
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,58 +84,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
-def pack(
-    sources: Annotated[list[Path], typer.Argument(help="Video files, or folders that hold them at any depth.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tar shards.")],
-    shard_size_mib: Annotated[float, typer.Option(help="Size at which a shard is full, in MiB.")] = 256,
-    max_clips_per_shard: Annotated[int | None, typer.Option(help="Videos at which a shard is full.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Pack mp4 files into WebDataset tar shards."""
-    from cosmos_hpc.data.pack import find_videos
-    from cosmos_hpc.data.pack import pack as pack_videos
-
-    with _progress() as progress:
-        task = progress.add_task("pack", total=len(find_videos(sources)))
-        summary = pack_videos(
-            sources,
-            out,
-            shard_size_mib=shard_size_mib,
-            max_clips_per_shard=max_clips_per_shard,
-            on_video=lambda _: progress.advance(task),
-        )
-    if as_json:
-        _print_json(summary._asdict())
-        return
-    for video, reason in summary.refused:
-        print(f"left out {video}: {reason}")
-    print(f"packed {summary.videos} videos ({summary.bytes / 2**20:.1f} MiB) into {summary.shards} shards in {out}")
-    print(f"next: cosmos-hpc prepare {out}")
-
-
-@app.command()
-def prepare(
-    root: Annotated[Path, typer.Argument(help="Folder of tar shards; train/, val/ in it, if there, are the split.")],
-    split: Annotated[str, typer.Option(help="Shares of shards for train, val and test.")] = "99,1,0",
-    num_workers: Annotated[int, typer.Option(help="Shards indexed at the same time.")] = 4,
-    as_json: Json = False,
-) -> None:
-    """Index shards for Energon, without a question."""
-    from cosmos_hpc.data.prepare import prepare as prepare_dataset
-
-    with _progress() as progress:
-        task = progress.add_task("prepare", total=None)
-        counts = prepare_dataset(
-            root,
-            split=_shares(split),
-            num_workers=num_workers,
-            on_shard=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    if as_json:
-        _print_json(counts)
-    else:
-        print(f"prepared {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+app.command()(data_verbs.pack)
+app.command()(data_verbs.prepare)
 
 
 @app.command()
@@ -173,29 +124,7 @@ for verb in (status, cancel, requeue, checkpoint_now, logs, explain):
     app.command()(verb)
 
 
-@app.command()
-def evaluate(
-    sources: Annotated[list[str], typer.Argument(help="Runs (EXPERIMENT/RUN), checkpoints or folders of weights.")],
-    data: Annotated[Path, typer.Option(help="Prepared dataset; its split val is used.")],
-    num_frames: Annotated[int, typer.Option(help="Frames per clip, 1 + 8k.")] = 33,
-    crop_size: Annotated[int, typer.Option(help="Height and width of a clip in pixels.")] = 256,
-    as_json: Json = False,
-) -> None:
-    """Compare weights on unseen clips: mean PSNR and the worst 5 %."""
-    from cosmos_hpc.config.schema import DataConfig
-    from cosmos_hpc.report.evaluate import evaluate as evaluate_weights
-    from cosmos_hpc.tables import print_evaluations
-
-    settings = DataConfig(path=str(data), num_frames=num_frames, crop_size=crop_size, num_workers=0)
-    with _progress() as progress:
-        task = progress.add_task("evaluate", total=None)
-        rows = evaluate_weights(
-            [_weights(source) for source in sources], settings, on_batch=lambda: progress.advance(task)
-        )
-    if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-        return
-    print_evaluations(rows)
+app.command()(evaluate)
 
 
 @app.command()
@@ -339,12 +268,7 @@ def tokenize(
     print(f"tokenized {written} ({summary.bytes / 2**20:.1f} MiB) in {out}; {summary.kept} were dealt with before")
 
 
-@app.command()
-def report(experiment: Annotated[str, typer.Argument(help="Experiment.")]) -> None:
-    """Write an experiment's report: one HTML file."""
-    from cosmos_hpc.report.page import write_report
-
-    print(write_report(_runs(experiment)[0].experiment))
+app.command()(report)
 
 
 @app.command()
@@ -357,38 +281,6 @@ def quickstart(
     from cosmos_hpc.quickstart import run_quickstart
 
     run_quickstart(out)
-
-
-def _runs(name: str | None) -> "list[RunFolder]":
-    from cosmos_hpc.api import runs
-
-    return runs(name)
-
-
-def _weights(source: str) -> Path:
-    """A path as it is, the folder of a run named EXPERIMENT/RUN, or what `fetch` brought of a repository."""
-    from cosmos_hpc.launch.fetch import cached
-
-    if Path(source).exists():
-        return Path(source)
-    try:
-        found = _runs(source)
-    except ConfigError as no_run:
-        try:
-            return cached(source)
-        except ConfigError:
-            raise no_run from None
-    if len(found) > 1:
-        raise ConfigError(f"{source} names {len(found)} runs: choose one of {', '.join(run.label for run in found)}")
-    return found[0].path
-
-
-def _shares(text: str) -> tuple[float, float, float]:
-    try:
-        train, val, test = (float(share) for share in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--split is {text!r}, but takes three numbers: such as 99,1,0") from None
-    return train, val, test
 
 
 def _print_json(value: Any) -> None:

@@ -1,6 +1,7 @@
 """The verbs that plan and send; `cli` puts them into the command."""
 
 import shlex
+import sys
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -44,11 +45,14 @@ def plan(
     if script:
         print_batches(planned.batches())
         return
-    forecasts = planned.forecasts()
+    forecasts, warnings = planned.forecasts(), planned.warnings()
     if as_json:
-        print_json(plan_rows(planned.runs, planned.placed, forecasts))
+        rows = plan_rows(planned.runs, planned.placed, forecasts)
+        print_json([{**row, "warnings": lines} for row, lines in zip(rows, warnings, strict=True)])
         return
     print_plan(planned.runs, planned.placed, forecasts)
+    for warning in dict.fromkeys(line for lines in warnings for line in lines):
+        print(f"warning: {warning}", file=sys.stderr)
     _tell_of_left([folder.label for folder in planned.left])
 
 

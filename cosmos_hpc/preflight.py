@@ -25,6 +25,8 @@ def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
     if data_is_to_come and run.data.path is not None:
         return
     check_dataset(run.data.path)
+    if run.data.general_path is not None:
+        check_dataset(run.data.general_path, needed=("val",), setting="data.general_path")
     path = Path(run.data.path or "")
     streams = run.num_streams
     samples = None if is_metadataset(path) else split_sizes(path)["train"]
@@ -34,6 +36,26 @@ def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
             f"{path} has {samples} training videos, fewer than data.num_workers x ranks = {streams or ranks}: "
             f"set data.num_workers to {samples // ranks} or less, or add videos"
         )
+
+
+def with_num_steps(run: RunConfig) -> RunConfig:
+    """The run with `trainer.max_steps` as it follows from `trainer.max_epochs`, where that is given.
+
+    Raises:
+        ConfigError: if the dataset is not there, or its number of videos can't be told beforehand.
+    """
+    epochs = run.trainer.max_epochs
+    if epochs is None:
+        return run
+    path = Path(run.data.path or "")
+    if is_metadataset(path):
+        raise ConfigError(
+            f"trainer.max_epochs is {epochs}, but {path} blends datasets and has no end: set trainer.max_steps instead"
+        )
+    check_dataset(run.data.path, needed=("train",))
+    steps = -(-epochs * split_sizes(path)["train"] // run.data.global_batch_size)
+    trainer = dataclasses.replace(run.trainer, max_steps=min(run.trainer.max_steps, steps))
+    return dataclasses.replace(run, trainer=trainer)
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:

@@ -21,13 +21,14 @@ from cosmos_hpc.config.sweep import PlannedRun, expand
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.video_file import probe, read_frames, write_mp4
+from cosmos_hpc.evidence import evaluation_folder
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.follow import follow, progress_bar
 from cosmos_hpc.launch.forecast import forecasts
 from cosmos_hpc.launch.placement import place
 from cosmos_hpc.launch.status import RunStatus, run_status
 from cosmos_hpc.launch.submit import submit
-from cosmos_hpc.tables import print_evaluations, print_plan, print_status
+from cosmos_hpc.tables import print_evaluation, print_plan, print_status
 
 CLIP_FRAMES = 17
 """Frames of each short video that is cut."""
@@ -178,15 +179,22 @@ def _compare_with_unbroken(out: Path, broken_run: PlannedRun, broken: RunFolder)
 
 
 def _use(out: Path, config: RunConfig, folders: Sequence[RunFolder]) -> None:
-    from cosmos_hpc.report.evaluate import evaluate
+    from cosmos_hpc.report.evaluate import Task, evaluate, run_source, start_source
     from cosmos_hpc.report.reconstruct import reconstruct
+    from cosmos_hpc.report.scores import write_evaluation
     from cosmos_hpc.tokenizer.weights import export_jit, load_tokenizer
 
+    task = Task(out / "dataset", num_frames=config.data.num_frames, crop_size=config.data.crop_size)
     with progress_bar() as progress:
-        task = progress.add_task("evaluate", total=None)
-        rows = evaluate([folder.path for folder in folders], config.data, on_batch=lambda: progress.advance(task))
-    print_evaluations(rows)
-    best = folders[max(range(len(rows)), key=lambda index: rows[index].psnr_mean)]
+        bar = progress.add_task("evaluate", total=None)
+        found = evaluate(
+            [start_source(folders[0]), *map(run_source, folders)],
+            task,
+            on_video=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    print_evaluation(found)
+    write_evaluation(found, evaluation_folder(folders[0].experiment, task))
+    best = max(zip(found.evaluations[1:], folders, strict=True), key=lambda pair: pair[0].psnr_mean)[1]
     export_jit(load_tokenizer(best.path), best.exports / "jit")
     print(f"exported {best.label} to {best.exports / 'jit'}: encoder.jit, decoder.jit, autoencoder.jit")
     video = next((out / "videos" / "val").glob("bikes_*.mp4"))

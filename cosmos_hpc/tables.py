@@ -1,6 +1,7 @@
 """What the commands print as tables."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,13 +19,15 @@ from cosmos_hpc.launch.placement import PlacedRun
 from cosmos_hpc.launch.status import RunStatus
 
 if TYPE_CHECKING:  # brings torch
-    from cosmos_hpc.report.evaluate import Evaluation
+    from cosmos_hpc.report.scores import EvaluationSet, Interval
 
 WIDTH = 160
 """Columns where the output is no terminal."""
 
 LONGEST_PRETTY = 100
 """Rows that are laid out by rich."""
+
+SCORE_COLUMNS = ("mean", "95 % interval", "worst 5 %", "change", "its interval")
 
 
 def plan_rows(
@@ -144,12 +147,76 @@ def attempts(row: RunStatus) -> str:
     return ": ".join([str(row.attempts), *([", ".join(causes).replace("_", " ")] if causes else [])])
 
 
-def print_evaluations(rows: "Sequence[Evaluation]") -> None:
-    """One line for each set of weights."""
-    print_table(
-        ["weights", "clips", "PSNR mean", "PSNR 5th percentile"],
-        [[str(row.source), str(row.num_clips), f"{row.psnr_mean:.2f} dB", f"{row.psnr_p5:.2f} dB"] for row in rows],
-    )
+def print_evaluation(found: "EvaluationSet") -> None:
+    """Each metric of each set of weights, what became of the latents, slices, the worst videos."""
+    from cosmos_hpc.report.scores import METRICS, OVER_ALL
+
+    everything = list(range(len(found.videos)))
+    rows = _score_rows(found, everything)
+    for name, metric in OVER_ALL.items():
+        for each in found.evaluations:
+            if name in each.over_all:
+                rows.append([metric.title, each.weights, format(each.over_all[name], metric.form), "", "", "", ""])
+    print_table(["metric", "weights", *SCORE_COLUMNS], rows)
+    for name in found.slices:
+        sliced = [
+            [f"{name}={value}", str(len(chosen)), *row]
+            for value, chosen in found.by_slice(name).items()
+            for row in _score_rows(found, chosen)
+        ]
+        print_table(["slice", "videos", "metric", "weights", *SCORE_COLUMNS], sliced)
+    _print_latents(found)
+    for each in found.evaluations:
+        worst = (f"{found.videos[index]} ({each.per_video['psnr'][index]:.2f} dB)" for index in each.worst(5))
+        print(f"worst of {each.weights}: {', '.join(worst)}")
+    for video, reason in found.left_out:
+        print(f"left out {video}: {reason}")
+    known = [metric for name, metric in METRICS.items() if name in found.metrics()]
+    known += [metric for name, metric in OVER_ALL.items() if any(name in each.over_all for each in found.evaluations)]
+    print(f"over {len(found.videos)} videos; intervals: 95 %, bootstrap over videos; change: against the first weights")
+    for metric in known:
+        print(f"{metric.title}: {metric.meaning}")
+
+
+def _score_rows(found: "EvaluationSet", chosen: list[int]) -> list[list[str]]:
+    """A line for each metric and set of weights, those of a metric together."""
+    from cosmos_hpc.report.scores import METRICS
+
+    rows = []
+    for name in found.metrics():
+        metric = METRICS[name]
+        for each in found.evaluations:
+            score = each.score(name, chosen)
+            if score is None:
+                continue
+            mean, interval = _written_interval(score.mean, metric.form)
+            row = [metric.title, each.weights, mean, interval, format(score.worst5, metric.form)]
+            gain = None if each is found.evaluations[0] else found.gain(each, name, chosen)
+            rows.append([*row, *(("", "") if gain is None else _written_interval(gain, f"+{metric.form}"))])
+    return rows
+
+
+def _written_interval(interval: "Interval", form: str) -> tuple[str, str]:
+    mean, low, high = (format(value, form) for value in interval)
+    return mean, "one video" if math.isnan(interval.low) else f"{low} to {high}"
+
+
+def _print_latents(found: "EvaluationSet") -> None:
+    """Per channel, the shift of the mean in standard deviations, and the ratio of these."""
+    moved = [(each.weights, each.latents) for each in found.evaluations if each.latents is not None]
+    for weights, latents in moved:
+        if latents.is_unchanged:
+            print(f"latents of {weights}: each the same number as of {found.evaluations[0].weights}")
+    told = [(weights, latents) for weights, latents in moved if not latents.is_unchanged]
+    if not told:
+        return
+    print(f"latents against {found.evaluations[0].weights}: shift of the mean in standard deviations, ratio of these")
+    channels = zip(*(zip(each.mean_shift, each.std_ratio, strict=True) for _, each in told), strict=True)
+    rows = [
+        [str(number), *(f"{shift:+.3f}, x {ratio:.3f}" for shift, ratio in pairs)]
+        for number, pairs in enumerate(channels)
+    ]
+    print_table(["channel", *(weights for weights, _ in told)], rows)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

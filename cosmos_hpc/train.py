@@ -1,10 +1,11 @@
 """What one rank runs: `python -m cosmos_hpc.train`, started by the supervisor or by torchrun.
 
-torchrun --nproc-per-node 8 -m cosmos_hpc.train data.path=... model.jit_ckpt_pth=... trainer.max_steps=...
+torchrun --nproc-per-node 8 -m cosmos_hpc.train data.path=... model.jit_ckpt_pth=... trainer.max_epochs=...
 """
 
 import argparse
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import logging
@@ -23,7 +24,7 @@ from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folde
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import is_locked
 from cosmos_hpc.launch.placement import lay_out
-from cosmos_hpc.preflight import check_inputs, with_local_weights
+from cosmos_hpc.preflight import check_inputs, with_local_weights, with_num_steps
 from cosmos_hpc.ranks import (
     Rank,
     current_rank,
@@ -122,7 +123,7 @@ def _command_line_config(overrides: list[str], rank: Rank) -> RunConfig:
             f"{rank.world_size} ranks: leave both settings out"
         )
     check_inputs(config)
-    return with_local_weights(config)
+    return with_local_weights(with_num_steps(config))
 
 
 def _lay_out_attempt(config: RunConfig) -> Attempt:
@@ -162,8 +163,11 @@ def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
 
 def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[TrainState, Run]":
     """Everything that the loop works with, in the order in which the parts need each other."""
+    import torch
+
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
     from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+    from cosmos_hpc.tokenizer.trainable import freeze_all_but
     from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
@@ -176,7 +180,9 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
 
     config, rank = attempt.config, groups.rank
     telemetry = Telemetry(attempt.folder, config, rank, attempt.number)
+    torch.manual_seed(config.trainer.seed + rank.rank)  # what a VAE samples; a resume brings its own state back
     module = starting_tokenizer(config.model, config.trainer.seed)
+    freeze_all_but(module, config.model.trainable_patterns)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     falls = config.optim.lr_schedule != "constant"
     optimizer = Optimizer(ddp, config.optim, groups, decay_steps=config.lr_decay_steps if falls else None)
@@ -185,17 +191,23 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     loader = TrainLoader(
         config.data, seed=config.trainer.seed, rank=rank.rank, world_size=rank.world_size, quarantine=quarantine
     )
-    held_out = ValidationLoader(
-        config.data,
-        rank=rank.rank,
-        world_size=rank.world_size,
-        limit_batches=config.trainer.limit_val_batches,
-        quarantine=quarantine,
-    )
+    held_out = {
+        split: ValidationLoader(
+            dataclasses.replace(config.data, path=path),
+            rank=rank.rank,
+            world_size=rank.world_size,
+            limit_batches=config.trainer.limit_val_batches,
+            quarantine=quarantine,
+        )
+        for split, path in (("val", config.data.path), ("general", config.data.general_path))
+        if path is not None
+    }
     checkpoints = CheckpointStore(attempt.folder, config, groups)
     adversary = Adversary(config, groups) if config.loss.adversarial.is_used(config.trainer.max_steps) else None
     losses = Losses.build(config, groups.device, None if adversary is None else adversary.term)
-    validation = Validation(held_out, config.trainer, groups, eye=losses.eye)
+    validation = Validation(
+        held_out, config.trainer, groups, eye=losses.eye, keeps_pictures=config.wandb.log_media and rank.is_first
+    )
     state = TrainState(module, ddp, optimizer, average, loader, adversary)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, each with several processes
+os.environ["WANDB_MODE"] = "disabled"  # seconds at each start; tests of tracking set another
 
 
 def write_film(path: Path, *, num_frames: int = 17, height: int = 48, width: int = 64, seed: int = 0) -> None:

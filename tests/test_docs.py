@@ -6,6 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from cosmos_hpc.cli import app
+from cosmos_hpc.config.load import known_settings
 from cosmos_hpc.config.reference import BEGIN, END, settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -24,12 +25,24 @@ def test_every_setting_has_its_meaning_on_the_line_below_it():
 
 
 def test_every_command_of_the_readme_exists_and_every_command_is_in_the_readme():
-    said = set(re.findall(r"^cosmos-hpc ([a-z]+)", README, flags=re.MULTILINE))
-    there = {command.name or command.callback.__name__ for command in app.registered_commands}
+    said = set(re.findall(r"^cosmos-hpc ([a-z-]+)", README, flags=re.MULTILINE))
+    there = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert said == there - {"quickstart"}
     for verb in sorted(there):
         result = CliRunner().invoke(app, [verb, "--help"])
         assert result.exit_code == 0, result.output
+
+
+def test_the_guides_page_names_commands_settings_and_files_that_there_are():
+    text = (ROOT / "docs" / "from-the-guide.md").read_text()
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"cosmos-hpc ([a-z]+)", text)) <= verbs
+    settings = {name for name, _ in known_settings()}
+    groups = {name.partition(".")[0] for name in settings if "." in name}
+    named = re.findall(rf"\b((?:{'|'.join(groups)})(?:\.[a-z_0-9]+)+)\b(?![/(])", text)
+    assert {name for name in named if not name.endswith((".yaml", ".py", ".pt", ".jit"))} <= settings
+    for file in re.findall(r"\b(?:jobs|slurm|enroot)/\w+\.yaml\b", text):
+        assert (ROOT / file).is_file(), file
 
 
 def test_each_example_opens_with_what_names_it():

@@ -2,7 +2,7 @@ import pytest
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.preflight import _cached_network, check_inputs, with_local_weights
+from cosmos_hpc.preflight import _cached_network, check_inputs, with_local_weights, with_num_steps
 
 
 def run(weights: str):
@@ -63,3 +63,32 @@ def test_online_tracking_without_a_key_is_refused(monkeypatch):
     config = resolve(load_experiment(None, ["data.path=/x", "wandb.mode=online"]), {})
     with pytest.raises(ConfigError, match="WANDB_API_KEY is not set"):
         check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["trainer.max_epochs=3"], 8),  # eight videos, three clips a step: 24 clips
+        (["trainer.max_epochs=4"], 11),
+        (["trainer.max_epochs=1000"], 2667),
+        (["trainer.max_epochs=3", "trainer.max_steps=5"], 5),
+        (["trainer.max_epochs=null"], 5000),
+    ],
+)
+def test_passes_over_the_videos_become_steps(dataset, overrides, steps):
+    batch = ["data.global_batch_size=3", f"data.path={dataset}"]
+    run = with_num_steps(resolve(load_experiment(None, [*batch, *overrides]), {}))
+    assert run.trainer.max_steps == steps
+
+
+def test_passes_over_what_has_no_end_are_refused(tmp_path):
+    (tmp_path / "blend.yaml").write_text("")
+    blend = [f"data.path={tmp_path / 'blend.yaml'}", "trainer.max_epochs=2"]
+    with pytest.raises(ConfigError, match=r"blends datasets and has no end: set trainer\.max_steps"):
+        with_num_steps(resolve(load_experiment(None, blend), {}))
+
+
+def test_a_second_dataset_is_refused_by_its_own_name(dataset):
+    settings = [f"data.path={dataset}", "data.general_path=/no/such", "data.num_workers=1"]
+    with pytest.raises(ConfigError, match=r"data\.general_path is /no/such, which is not there"):
+        check_inputs(resolve(load_experiment(None, settings), {}))

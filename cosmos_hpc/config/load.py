@@ -23,11 +23,19 @@ from cosmos_hpc.config.typed import Variants, first_line, known_settings, typed
 
 _NOT_WRITTEN = object()
 
+_REFUSED = {
+    "optim.overlap_param_gather": "the average of the weights and validation would read weights not yet gathered",
+}
+"""Settings of Megatron-Core that would do harm here, and why."""
+
 _FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Five times as fast where PyYAML was built with libyaml; good for files that `to_yaml` wrote."""
 
 _FAST_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """Several times as fast where PyYAML was built with libyaml; good for what `to_yaml` writes."""
+
+NO_LIMIT = 10_000_000
+"""Steps that no run gets to."""
 
 _PEEKED = (r"^trainer:\n(?:  .*\n)*?  max_steps: (\d+)$", r"^cluster:\n(?:  .*\n)*?  executor: (slurm|local)$")
 """Where `to_yaml` writes the two settings that `status` needs."""
@@ -78,11 +86,20 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
     if isinstance(merged.get("after"), str | int):
         merged["after"] = [str(merged["after"])]  # one is written without brackets
     experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
+    _let_epochs_decide(experiment)
     for key in experiment.sweep.keys:
         _refuse_unknown_setting(key, f"{source}: sweep")
         if key == "name":
             raise ConfigError(f"{source}: sweep: name is the experiment's, which all its runs share: take it out")
     return experiment
+
+
+def _let_epochs_decide(experiment: Experiment) -> None:
+    """Where only `trainer.max_epochs` is given, the default of `trainer.max_steps` is no limit."""
+    trainer = experiment.settings.get("trainer") or {}
+    given = {f"trainer.{name}" for name, value in trainer.items() if value is not None} | set(experiment.sweep.keys)
+    if "trainer.max_epochs" in given and "trainer.max_steps" not in given:
+        experiment.settings["trainer"] = {**trainer, "max_steps": NO_LIMIT}
 
 
 def resolve(experiment: Experiment, choices: Mapping[str, Any]) -> RunConfig:
@@ -244,6 +261,8 @@ def _refuse_unknown_keys(settings: Mapping[str, Any], source: str) -> None:
     groups, leaves, free = _known_keys()
     for key in _dotted_keys(settings):
         group = key.rpartition(".")[0]
+        if key in _REFUSED:
+            raise ConfigError(f"{source}: {key} is refused, since {_REFUSED[key]}: leave it out")
         if key in groups:
             _refuse_non_mapping(settings, key, source)
         elif key not in leaves and (group == "" or group in groups):

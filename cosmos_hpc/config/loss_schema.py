@@ -123,7 +123,8 @@ class KlConfig(LossTermConfig):
     """Distance of the latents from a standard normal distribution."""
 
     weight: float = 0.0
-    """Factor of the divergence of N(latents, 1) from N(0, 1), in nats for each latent value; CV only."""
+    """Factor of the posterior's divergence from N(0, 1), in nats for each latent value, such as 1e-6; with
+    model.formulation VAE."""
 
 
 @dataclass(frozen=True, kw_only=True)

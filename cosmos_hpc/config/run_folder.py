@@ -79,6 +79,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def wandb_id(self) -> Path:
+        """Name of the run at Weights & Biases, beside what its package keeps."""
+        return self.path / "wandb" / "run_id"
+
+    @property
     def quarantine(self) -> Path:
         """One JSON line a video that can't be used: shard, key, fault and reason."""
         return self.path / "quarantine.jsonl"
@@ -221,6 +226,11 @@ class ExperimentFolder:
     def report(self) -> Path:
         """The HTML page."""
         return self.path / "report" / "index.html"
+
+    @property
+    def evaluations(self) -> Path:
+        """Holds a folder for each set of videos that the runs were evaluated on."""
+        return self.path / "report" / "evaluations"
 
     def slot_lock(self, slot: int) -> Path:
         """Locked by the supervisor that holds one of `max_parallel` places on this machine."""

@@ -14,6 +14,9 @@ from cosmos_hpc.config.loss_schema import LossConfig
 
 TOKENIZER_NAME = re.compile(r"(?:^|-)(?P<kind>CV|DV)(?P<temporal>[48])x(?P<spatial>8|16)x(?P=spatial)(?:-720p)?$")
 
+PARTS = {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*"), "encoder": ("encoder.*", "quant_conv*")}
+"""Names that model.trainable may give to patterns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -29,7 +32,26 @@ class ModelConfig:
     channels: int = 128
     """Base width of the network. The released tokenizers have 128; narrower ones are for trials on small machines."""
 
+    formulation: str = "AE"
+    """`AE`, as released, or for CV `VAE`: training also learns a variance of each latent and samples, and loss.kl acts.
+    What is exported is the same either way, with the mean as latent."""
+
+    trainable: Any = "all"
+    """What training moves: `all`, `decoder`, `encoder`, or patterns of parameter names such as `[decoder.up.*]`.
+    `decoder` keeps the latents, and so every world model and cache that was made for them."""
+
     def __post_init__(self) -> None:
+        require(
+            self.formulation == "AE" or (self.formulation == "VAE" and self.kind == "CV"),
+            f"model.formulation is {self.formulation!r}: set AE, or VAE for a CV tokenizer",
+        )
+        listed = self.trainable if isinstance(self.trainable, (list, tuple)) else ()
+        require(
+            any(self.trainable == part for part in PARTS)
+            or (len(listed) > 0 and all(isinstance(pattern, str) and pattern for pattern in listed)),
+            f"model.trainable is {self.trainable!r}: set all, decoder, encoder, or a list of patterns of parameter "
+            "names, such as [decoder.up.*]",
+        )
         require(
             TOKENIZER_NAME.search(self.model) is not None,
             f"model.model is {self.model!r}, which names no Cosmos video tokenizer: "
@@ -39,6 +61,18 @@ class ModelConfig:
             self.channels >= 1,
             f"model.channels is {self.channels}, but a network needs at least one: the released width is 128",
         )
+
+    @property
+    def trainable_patterns(self) -> tuple[str, ...]:
+        """Shell-style patterns of the names of the parameters that training moves."""
+        return PARTS[self.trainable] if isinstance(self.trainable, str) else tuple(self.trainable)
+
+    @property
+    def may_train_encoder(self) -> bool:
+        """Whether a pattern can match a parameter that latents depend on, by what it says before its first wildcard."""
+        heads = [re.split(r"[*?[]", pattern)[0] for pattern in self.trainable_patterns]
+        names = [name.rstrip("*") for name in PARTS["encoder"]]
+        return any(name.startswith(head) or head.startswith(name) for head in heads for name in names)
 
     @property
     def kind(self) -> str:
@@ -56,12 +90,19 @@ class ModelConfig:
         return int(TOKENIZER_NAME.search(self.model)["spatial"])  # type: ignore[index]
 
 
+DECODERS = ("decord", "pyav", "torchcodec")
+CLIP_STARTS = ("any", "keyframe")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The dataset and the clips taken from it."""
 
     path: str | None = expands(None, is_path=True)
     """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed."""
+
+    general_path: str | None = expands(None, is_path=True, identity=False)
+    """Second dataset, of video unlike the first: its split val is validated beside, to see what is forgotten."""
 
     num_frames: int = 33
     """Frames per clip, T = 1 + k x temporal compression: the tokenizers are causal in time."""
@@ -84,6 +125,30 @@ class DataConfig:
     shuffle_buffer_size: int = 100
     """Encoded videos held per worker to draw from."""
 
+    decoder: str = neutral("decord")
+    """`decord`, `pyav` or `torchcodec`; where it can't decode a video, another one tries."""
+
+    frame_stride: int = 1
+    """Frames of the video from one frame of a clip to the next."""
+
+    fps: float | None = None
+    """Frames of a clip per second of the video, in place of frame_stride; slower videos give each frame once."""
+
+    resize: int | None = None
+    """What the shorter side of the picture is brought to before clips are cut out, in pixels; none: left as it is."""
+
+    flip: float = 0.0
+    """Share of the clips that are mirrored, left for right."""
+
+    clip_start: str = "keyframe"
+    """`any` frame, or near a `keyframe` where these are over two clips apart on average: cheaper, with fewer starts."""
+
+    clips_per_decode: int = 4
+    """Clips out of one decoded stretch of a video: cheaper, but they lie close in time. A pass has them all."""
+
+    clip_buffer_size: int = 32
+    """Decoded clips held per worker, 6.5 MB each at 33x256x256, to draw from where clips_per_decode is above 1."""
+
     decode_timeout_s: float = neutral(5.0)
     """Seconds of the processor that decoding a clip may take; then its video is left out for the rest of the run."""
 
@@ -91,12 +156,27 @@ class DataConfig:
     """Share of a rank's videos, and at least ten, that have to be unusable for the run to stop; 1: no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size"):
+        at_least_one = ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size")
+        for name in (*at_least_one, "frame_stride", "clips_per_decode", "clip_buffer_size"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is {value}, but must be at least 1")
         require(
             self.num_workers >= 0, f"data.num_workers is {self.num_workers}: set 0 (decode in the rank itself) or more"
         )
+        require(self.decoder in DECODERS, f"data.decoder is {self.decoder}, but takes one of {', '.join(DECODERS)}")
+        require(
+            self.clip_start in CLIP_STARTS,
+            f"data.clip_start is {self.clip_start}, but takes one of {', '.join(CLIP_STARTS)}",
+        )
+        require(
+            self.fps is None or (self.fps > 0 and self.frame_stride == 1),
+            f"data.fps is {self.fps} and data.frame_stride is {self.frame_stride}: set a positive fps or a stride",
+        )
+        require(
+            self.resize is None or self.resize >= self.crop_size,
+            f"data.resize is {self.resize}, less than data.crop_size {self.crop_size}: set at least as much",
+        )
+        require(0 <= self.flip <= 1, f"data.flip is {self.flip}: set a share from 0 to 1")
         require(self.decode_timeout_s > 0, f"data.decode_timeout_s is {self.decode_timeout_s}: set a number of seconds")
         require(
             0 <= self.max_bad_share <= 1,
@@ -109,7 +189,10 @@ class TrainerConfig:
     """How long to train, on how many processes, and how often to look."""
 
     max_steps: int = 5000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; without limit where only max_epochs is given."""
+
+    max_epochs: int | None = neutral(None)
+    """Passes over the training videos: the run ends after these or max_steps, whichever comes first."""
 
     num_nodes: int = neutral(1)
     """Nodes of the job."""
@@ -126,8 +209,12 @@ class TrainerConfig:
     seed: int = 1234
     """Seeds the fresh weights, the order of the samples and every random crop."""
 
-    val_check_interval: int = neutral(100)
-    """Steps between two validations; the first comes before step 1, the last after the last step."""
+    val_every_n_minutes: float = neutral(5.0)
+    """Minutes between two validations, or more where these would take over 3 % of the time; the first one comes before
+    step 1, the last one after the last step."""
+
+    val_check_interval: int | None = neutral(None)
+    """Steps between two validations, in place of the minutes."""
 
     limit_val_batches: int = neutral(8)
     """Batches per rank in one validation."""
@@ -145,6 +232,7 @@ class TrainerConfig:
         require(self.max_rollbacks >= 0, f"trainer.max_rollbacks is {self.max_rollbacks}, but can't be negative")
         for name in (
             "max_steps",
+            "max_epochs",
             "num_nodes",
             "devices",
             "val_check_interval",
@@ -153,7 +241,10 @@ class TrainerConfig:
             "max_skipped_steps",
         ):
             value = getattr(self, name)
-            require(value >= 1, f"trainer.{name} is {value}, but must be at least 1")
+            require(value is None or value >= 1, f"trainer.{name} is {value}, but must be at least 1")
+        require(
+            self.val_every_n_minutes > 0, f"trainer.val_every_n_minutes is {self.val_every_n_minutes}: set it above 0"
+        )
         require(
             self.min_nodes is None or 1 <= self.min_nodes <= self.num_nodes,
             f"trainer.min_nodes is {self.min_nodes}, but takes 1 to trainer.num_nodes = {self.num_nodes}",
@@ -244,7 +335,8 @@ class CheckpointConfig:
 
     best_by: str | None = "val_psnr"
     """Validation score whose best checkpoint is kept beside these, saved at its step: val_psnr, val_ssim or val_lpips,
-    with _ema for that of the averaged weights; none keeps no such one."""
+    with _ema for that of the averaged weights, with general_ in place of val_ for those on data.general_path; none
+    keeps no such one."""
 
     def __post_init__(self) -> None:
         require(self.every_n_minutes > 0, f"checkpoint.every_n_minutes is {self.every_n_minutes}, but must be above 0")
@@ -253,7 +345,8 @@ class CheckpointConfig:
             f"checkpoint.every_n_steps is {self.every_n_steps}, but must be at least 1",
         )
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}, but must be at least 1")
-        scores = [f"val_{name}{kind}" for kind in ("", "_ema") for name in ("psnr", "ssim", "lpips")]
+        names = [f"{name}{kind}" for kind in ("", "_ema") for name in ("psnr", "ssim", "lpips")]
+        scores = [f"{split}_{name}" for split in ("val", "general") for name in names]
         require(
             self.best_by is None or self.best_by in scores,
             f"checkpoint.best_by is {self.best_by!r}: set {', '.join(scores)} or null",
@@ -341,7 +434,7 @@ class HangConfig:
     """Seconds below which a learned limit never falls."""
 
     factor: float = 5.0
-    """Learned limit over the longest silence that was followed by a sign of life; each hang doubles the limit."""
+    """Learned limit over the longest silence that ended by itself; each hang doubles it until a new checkpoint."""
 
     def __post_init__(self) -> None:
         for name in ("first_limit_s", "least_limit_s"):
@@ -418,16 +511,20 @@ class WandbConfig:
     """Weights & Biases. metrics.jsonl in the run folder is written whatever is set here."""
 
     mode: str = "auto"
-    """`online`, `offline`, `disabled`, or `auto`: online where the key is set, else disabled."""
+    """`online`, `offline` (in the run's folder, for `wandb sync`), `disabled`, or `auto`: WANDB_MODE, else online where
+    the key is set and the network is there, else offline."""
 
-    project: str = "cosmos-hpc"
-    """Project that the run is filed under."""
+    project: str | None = None
+    """Project that the run is filed under; none: WANDB_PROJECT_NAME of the environment, else cosmos-hpc."""
 
     entity: str | None = None
     """Team or user that owns the project."""
 
     api_key_env: str = "WANDB_API_KEY"
     """Name of the environment variable that holds the key; the key itself is never a setting."""
+
+    log_media: bool = False
+    """Send a picture of a clip and its reconstruction with each validation. They then leave the machine."""
 
     def __post_init__(self) -> None:
         require(
@@ -491,6 +588,10 @@ class RunConfig:
             f"checkpoint.best_by is {best_by}, but loss.lpips.weight is 0: without VGG16 there is no such score",
         )
         require(
+            self.data.general_path is not None or not best_by.startswith("general_"),
+            f"checkpoint.best_by is {best_by}, but data.general_path is not set: name that dataset",
+        )
+        require(
             optim.lr_schedule == "constant" or self.lr_decay_steps > optim.warmup_steps,
             f"optim.warmup_steps is {optim.warmup_steps}, but optim.lr_schedule {optim.lr_schedule} ends at step "
             f"{self.lr_decay_steps} (optim.decay_steps, else trainer.max_steps): set fewer",
@@ -538,13 +639,19 @@ class RunConfig:
     def _check_loss(self) -> None:
         loss, steps = self.loss, self.trainer.max_steps
         require(
-            self.model.kind == "CV" or not loss.kl.is_used(steps),
-            f"loss.kl.weight is above 0, but {self.model.model} has no continuous latents: set it to 0",
+            self.model.formulation == "VAE" or not loss.kl.is_used(steps),
+            "loss.kl.weight is above 0, but model.formulation is AE, whose latents have no distribution: set "
+            f"{'it to 0' if self.model.kind == 'DV' else 'VAE, or the weight to 0'}",
         )
         require(
             self.model.kind == "DV" or not loss.fsq_entropy.is_used(steps),
             f"loss.fsq_entropy.weight is above 0, but {self.model.model} has no codes: set it to 0",
         )
+        for name in ("kl", "fsq_entropy"):
+            require(
+                self.model.may_train_encoder or not getattr(loss, name).is_used(steps),
+                f"loss.{name}.weight is above 0, but model.trainable leaves the encoder as it is: set it to 0",
+            )
         if loss.flow.is_used(steps):
             require(loss.flow.weights is not None, "loss.flow.weight is above 0: name RAFT-large in loss.flow.weights")
             require(self.data.num_frames > 1, "loss.flow.weight is above 0, but data.num_frames is 1: nothing moves")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from braceexpand import braceexpand
@@ -14,6 +15,24 @@ META_FOLDER = ".nv-meta"
 def is_metadataset(path: Path) -> bool:
     """True for a Metadataset: a YAML file that blends several datasets."""
     return path.is_file() and path.suffix in (".yaml", ".yml")
+
+
+def metadataset_parts(path: Path, split: str) -> list[Path]:
+    """The datasets that a Metadataset reads for a split, each once; relative paths begin at its own folder."""
+    found: dict[Path, None] = {}
+
+    def collect(node: Any) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("path"), str):
+                found[path.parent / node["path"]] = None
+            for value in node.values():
+                collect(value)
+        elif isinstance(node, list):
+            for value in node:
+                collect(value)
+
+    collect((yaml.safe_load(path.read_text()).get("splits") or {}).get(split))
+    return list(found)
 
 
 def shard_counts(path: Path) -> dict[str, int]:
@@ -63,35 +82,36 @@ def split_sizes(path: Path) -> dict[str, int]:
         ) from None
 
 
-def check_dataset(path: str | None, needed: tuple[str, ...] = ("train", "val")) -> None:
+def check_dataset(path: str | None, needed: tuple[str, ...] = ("train", "val"), setting: str = "data.path") -> None:
     """Refuse a dataset that a run could not read.
 
     A Metadataset (a YAML file) passes when the file exists: its parts are checked when they are opened.
 
     Args:
-        path: `data.path`.
+        path: Value of the setting.
         needed: Splits that must hold samples.
+        setting: Its name, for messages.
 
     Raises:
         ConfigError: if the path is not set or not there, has no Energon index, or a needed split is empty.
     """
     if not path:
-        raise ConfigError("data.path is not set: name the folder of a dataset that `cosmos-hpc prepare` has indexed")
+        raise ConfigError(f"{setting} is not set: name the folder of a dataset that `cosmos-hpc prepare` has indexed")
     folder = Path(path)
     if is_metadataset(folder):
         return
     if not folder.is_dir():
         raise ConfigError(
-            f"data.path is {path}, which is not there: name a folder that `cosmos-hpc prepare` has indexed"
+            f"{setting} is {path}, which is not there: name a folder that `cosmos-hpc prepare` has indexed"
         )
     if not shard_counts(folder) or not split_shards(folder):
         raise ConfigError(
-            f"data.path is {path}, which has no Energon index: run `cosmos-hpc prepare {path}` on it first"
+            f"{setting} is {path}, which has no Energon index: run `cosmos-hpc prepare {path}` on it first"
         )
     sizes = split_sizes(folder)
     for split in needed:
         if not sizes.get(split):
             raise ConfigError(
-                f"data.path is {path}, whose split {split} is empty: put shards into {path}/{split}/ "
+                f"{setting} is {path}, whose split {split} is empty: put shards into {path}/{split}/ "
                 f"(or pack into more shards, which are split whole) and run `cosmos-hpc prepare {path}` again"
             )

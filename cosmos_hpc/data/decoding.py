@@ -2,21 +2,27 @@
 
 import ctypes
 import gc
+import math
 import mmap
 import os
 import signal
 import time
 import weakref
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cosmos_hpc.data.clips import Fault, UndecodableError, decode_chosen_clip
+from cosmos_hpc.data.choosing import ChosenClip, ClipKind, choose
+from cosmos_hpc.data.clips import Fault, UndecodableError, memory_file
+from cosmos_hpc.data.decoders import Wanted, decode_boxes, suitable_decoders
+from cosmos_hpc.data.packets import scanned
 from cosmos_hpc.data.workers import PR_SET_PDEATHSIG, SIGNALS_TO_THE_RANK, give_memory_back
 
 IDLE_SHARE = 0.05
@@ -29,50 +35,60 @@ class Request(NamedTuple):
     num_bytes: int
     """Of the video."""
 
-    num_frames: int
-    """T."""
+    kind: ClipKind
+    """What the clips look like."""
 
-    crop_size: int
-    """H and W."""
+    num_clips: int
+    """K, out of one decoded stretch."""
 
     seed: int | None
-    """Of the start and the crop; none: the middle."""
+    """Of all that is chosen by chance; none: the middle."""
+
+    decoder: str
+    """The one to begin with."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[K, 3, T, H, W]."""
+        return self.num_clips, *self.kind.shape
 
     @property
     def clip_bytes(self) -> int:
-        """Of the uint8 clip."""
-        return 3 * self.num_frames * self.crop_size**2
+        """Of the uint8 clips."""
+        return math.prod(self.shape)
 
 
 class ClipDecoder:
     """Clips out of encoded videos, through a child process of the one that asks first."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, decoder: str = "decord") -> None:
         """The child starts with the first clip.
 
         Args:
-            timeout_s: Seconds of the processor that a clip may take. A decoder that sleeps is given as long by the
+            timeout_s: Seconds of the processor that a call may take. A decoder that sleeps is given as long by the
                 clock; one that only waits for a busy processor is left to it.
+            decoder: `decord`, `pyav` or `torchcodec`.
         """
         self._timeout_s = timeout_s
+        self._decoder = decoder
         self._child: _Child | None = None
 
-    def clip(self, raw: bytes, num_frames: int, crop_size: int, seed: int | None) -> Tensor:
-        """Decode one clip.
+    def clips(self, raw: bytes, kind: ClipKind, seed: int | None, num_clips: int = 1) -> Tensor:
+        """Decode clips out of one stretch of a video.
 
         Args:
             raw: A video file's bytes.
-            num_frames: T.
-            crop_size: H and W of the square that is cut out.
-            seed: Of the start and the square's place; none: the middle of the video and of the picture.
+            kind: What the clips look like.
+            seed: Of all that is chosen by chance; none: the middle of the video and of the picture.
+            num_clips: K.
 
         Returns:
-            uint8 [3, T, crop_size, crop_size].
+            uint8 [K, 3, T, H, W].
 
         Raises:
             UndecodableError: if the video can't be decoded, is too short, or hangs or kills the decoder.
         """
-        request = Request(len(raw), num_frames, crop_size, seed)
+        request = Request(len(raw), kind, num_clips, seed, self._decoder)
         try:
             return self._ask(raw, request)
         except EOFError:  # the child died: of the video, or of something that a second one is spared
@@ -102,8 +118,7 @@ class ClipDecoder:
             raise UndecodableError(reason, Fault.HANGING) from None
         if error is not None:
             raise error
-        shape = (3, request.num_frames, request.crop_size, request.crop_size)
-        return child.output[: request.clip_bytes].view(shape).clone()
+        return child.output[: request.clip_bytes].view(request.shape).clone()
 
 
 class _Child:
@@ -189,8 +204,7 @@ class _Child:
             if len(output) < request.clip_bytes:
                 output = _mapped(self._output, request.clip_bytes)
             try:
-                clip = cut_clip(f"/proc/self/fd/{self._input}", request)
-                output[: request.clip_bytes].view(clip.shape).copy_(clip)
+                cut_clips(f"/proc/self/fd/{self._input}", request, output[: request.clip_bytes].view(request.shape))
                 connection.send(None)
             except UndecodableError as error:
                 connection.send(error)
@@ -198,49 +212,54 @@ class _Child:
                 connection.send(UndecodableError(f"{type(error).__name__}: {error}"))
 
 
-def cut_clip(path: str, request: Request) -> Tensor:
+def cut_clips(path: str, request: Request, output: Tensor) -> None:
     """Decode and crop in this process.
 
     Args:
         path: The video.
-        request: Which clip.
-
-    Returns:
-        uint8 [3, T, H, W], a view.
+        request: Which clips.
+        output: uint8 [K, 3, T, H, W], written into.
 
     Raises:
         UndecodableError: if the video can't be decoded or is too short.
     """
-    draw = None if request.seed is None else torch.Generator().manual_seed(request.seed)
-    frames = decode_chosen_clip(path, request.num_frames, lambda last: _choose(last, draw))
-    return crop(torch.from_numpy(frames).permute(3, 0, 1, 2), request.crop_size, draw)
+    with scanned(path) as (packets, cutter):
+        chosen = choose(packets, request.kind, request.num_clips, request.seed)
+        decoders = suitable_decoders(request.decoder, packets)
+        users = _users(chosen)
+        for stretch in cutter.stretches(sorted(users)):
+            targets = [target for frame in stretch for target in users[frame]]
+
+            def put(number: int, picture: np.ndarray, targets: list[tuple[int, int]] = targets) -> None:
+                clip, place = targets[number]
+                upright = np.rot90(picture, packets.num_quarter_turns)
+                output[clip, :, place] = _fitted(upright[:, ::-1] if chosen[clip].is_mirrored else upright, output)
+
+            with memory_file("stretch") as path_of_cut:
+                frames = cutter.cut(stretch, path_of_cut)
+                wanted = [
+                    Wanted(frame, [chosen[clip].box for clip, _ in users[original]])
+                    for frame, original in zip(frames, stretch, strict=True)
+                ]
+                decode_boxes(path_of_cut, wanted, put, decoders)
 
 
-def crop(frames: Tensor, size: int, draw: torch.Generator | None) -> Tensor:
-    """A square of the picture, at a random place or in its middle.
-
-    A picture with a side shorter than the square is enlarged until it fits.
-
-    Args:
-        frames: uint8 [3, T, H, W].
-        size: Height and width of the square in pixels.
-        draw: Random numbers; none: the middle.
-
-    Returns:
-        uint8 [3, T, size, size], a view.
-    """
-    shorter = min(frames.shape[-2:])
-    if shorter < size:
-        target = [max(size, round(side * size / shorter)) for side in frames.shape[-2:]]
-        frames = interpolate(frames.contiguous(), size=target, mode="bilinear", antialias=True)
-    top = _choose(frames.shape[-2] - size, draw)
-    left = _choose(frames.shape[-1] - size, draw)
-    return frames[..., top : top + size, left : left + size]
+def _users(chosen: Sequence[ChosenClip]) -> dict[int, list[tuple[int, int]]]:
+    """For each frame that is needed, the clips that need it and its place in them."""
+    users: dict[int, list[tuple[int, int]]] = {}
+    for clip, each in enumerate(chosen):
+        for place, frame in enumerate(each.frames.tolist()):
+            users.setdefault(frame, []).append((clip, place))
+    return users
 
 
-def _choose(last: int, draw: torch.Generator | None) -> int:
-    """A whole number from 0 to `last`, both included: drawn, or the middle."""
-    return last // 2 if draw is None else int(torch.randint(last + 1, (), generator=draw))
+def _fitted(picture: np.ndarray, output: Tensor) -> Tensor:
+    """[H, W, 3] pixels as [3, H', W'] of the output, resized where that is another size."""
+    size = output.shape[-2:]
+    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+    if pixels.shape[-2:] == size:
+        return pixels
+    return interpolate(pixels.unsqueeze(0), size=tuple(size), mode="bilinear", antialias=True)[0]
 
 
 def _mapped(descriptor: int, num_bytes: int) -> Tensor:

@@ -19,8 +19,10 @@ from torch import Tensor
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.bad_videos import SPOILT, USELESS, SkippedVideos
+from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.clips import Fault
 from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
+from cosmos_hpc.data.decoders import check_decoder
 from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.streams import BEGINNING, PositionedBatches, StreamPosition, furthest_behind, share
 from cosmos_hpc.data.task_encoder import ClipTaskEncoder
@@ -45,6 +47,12 @@ class Layout:
     shuffle_buffer_size: int
     """data.shuffle_buffer_size."""
 
+    clips_per_decode: int
+    """data.clips_per_decode."""
+
+    clip_buffer_size: int
+    """data.clip_buffer_size."""
+
     train_samples: int | None
     """Samples in the split train; none where it can't be told beforehand."""
 
@@ -58,6 +66,8 @@ class Layout:
 MENDS = {
     "num_streams": "set data.num_streams to {saved} and trainer.devices x trainer.num_nodes to {ranks}",
     "shuffle_buffer_size": "set data.shuffle_buffer_size to {saved}",
+    "clips_per_decode": "set data.clips_per_decode to {saved}",
+    "clip_buffer_size": "set data.clip_buffer_size to {saved}",
     "train_samples": "bring back the dataset of {saved} training samples",
     "seed": "set trainer.seed to {saved}",
     "energon": "install megatron-energon=={saved}",
@@ -111,6 +121,8 @@ class TrainLoader:
         self.layout = Layout(
             num_streams=world_size * max(1, num_workers),
             shuffle_buffer_size=data.shuffle_buffer_size,
+            clips_per_decode=data.clips_per_decode,
+            clip_buffer_size=data.clip_buffer_size,
             train_samples=train_samples,
             seed=seed,
             energon=version("megatron-energon"),
@@ -118,7 +130,7 @@ class TrainLoader:
         self._rank, self._world_size = rank, world_size
         self._path = path
         self._skipped = SkippedVideos(quarantine, data.max_bad_share)
-        self._clip_decoder = ClipDecoder(data.decode_timeout_s)
+        self._clip_decoder = _clip_decoder(data)
         worker_config = WorkerConfig(
             rank=rank,
             world_size=world_size,
@@ -230,7 +242,7 @@ class ValidationLoader:
         self._data = data
         self._limit_batches = limit_batches
         self._skipped = SkippedVideos(quarantine, data.max_bad_share)
-        self._clip_decoder = ClipDecoder(data.decode_timeout_s)
+        self._clip_decoder = _clip_decoder(data)
         self._worker_config = WorkerConfig(
             rank=rank,
             world_size=world_size,
@@ -264,11 +276,33 @@ class ValidationLoader:
         return self._skipped.counts
 
 
+def _clip_decoder(data: DataConfig) -> ClipDecoder:
+    check_decoder(data.decoder)
+    return ClipDecoder(data.decode_timeout_s, data.decoder)
+
+
 def _task_encoder(
     data: DataConfig, seed: int | None, clip_decoder: ClipDecoder, skipped: SkippedVideos
 ) -> ClipTaskEncoder:
+    """Training's, or with no seed validation's: one clip of each video, from its middle and as it is."""
+    kind = ClipKind(
+        num_frames=data.num_frames,
+        height=data.crop_size,
+        width=data.crop_size,
+        frame_stride=data.frame_stride,
+        fps=data.fps,
+        resize=data.resize,
+        flip=data.flip,
+        starts_at_keys=data.clip_start == "keyframe",
+    )
+    is_training = seed is not None
     return ClipTaskEncoder(
-        num_frames=data.num_frames, crop_size=data.crop_size, seed=seed, clip_decoder=clip_decoder, skipped=skipped
+        kind=kind,
+        seed=seed,
+        clip_decoder=clip_decoder,
+        skipped=skipped,
+        clips_per_decode=data.clips_per_decode if is_training else 1,
+        clip_buffer_size=data.clip_buffer_size if is_training else 1,
     )
 
 

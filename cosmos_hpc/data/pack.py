@@ -1,19 +1,30 @@
-"""Video files to WebDataset shards: the original bytes, under unique readable keys, broken files left out by name."""
+"""Video files to WebDataset shards, in parallel and resumable: what can't be used is left out by name and reason.
 
-import os
+What a call is to do is planned first and written down, in `out`/.pack: which video goes into which shard. A shard is
+then one piece of work that depends on no other, and is done once its result is written beside the plan. So a killed
+call goes on, and tasks of an array share the shards out.
+"""
+
+import dataclasses
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from webdataset import TarWriter
-
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.data.clips import UndecodableError, decode_clip
-from cosmos_hpc.data.video_file import probe
+from cosmos_hpc.config.run_folder import write_atomically
+from cosmos_hpc.data.pack_shard import MIB, PackSettings, PlannedVideo, ShardResult, pack_shard
+from cosmos_hpc.data.video_names import NamedVideo, all_videos
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
-MIB = 1024 * 1024
+PLAN_FOLDER = ".pack"
+PACKED_LIST, LEFT_OUT_LIST = "videos.jsonl", "left_out.jsonl"
 
 
 class PackSummary(NamedTuple):
@@ -23,7 +34,7 @@ class PackSummary(NamedTuple):
     """Tar files written."""
 
     videos: int
-    """Videos in them."""
+    """Videos in them, parts of long ones counted each."""
 
     bytes: int
     """Size of these videos."""
@@ -32,162 +43,263 @@ class PackSummary(NamedTuple):
     """Each file left out, with the reason."""
 
 
-def find_videos(sources: Sequence[Path]) -> list[Path]:
-    """The video files among `sources` and in the folders among them, at any depth, sorted within each.
+@dataclass(frozen=True)
+class PackPlan:
+    """Which video goes into which shard."""
 
-    Raises:
-        ConfigError: if a source is not there or no video is found.
-    """
-    return [video for video, _ in named_videos(sources)]
+    settings: PackSettings
+    shards: list[list[PlannedVideo]]
+    duplicates: list[tuple[str, str]]
+    """Files that are left out because of another one, each with the reason."""
+
+    def to_json(self) -> str:
+        """As it is written beside the shards."""
+        return json.dumps(
+            {"settings": dataclasses.asdict(self.settings), "shards": self.shards, "duplicates": self.duplicates}
+        )
+
+    @classmethod
+    def read(cls, out: Path) -> "PackPlan":
+        """The plan of a folder.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        try:
+            found = json.loads(_plan_file(out).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{out} holds no plan of `cosmos-hpc pack`: call that first") from None
+        shards = [[PlannedVideo(*video) for video in shard] for shard in found["shards"]]
+        duplicates = [(path, reason) for path, reason in found["duplicates"]]
+        return cls(PackSettings(**found["settings"]), shards, duplicates)
 
 
 def pack(
     sources: Sequence[Path],
     out: Path,
+    settings: PackSettings | None = None,
     *,
-    shard_size_mib: float = 256,
-    max_clips_per_shard: int | None = None,
+    num_workers: int = 1,
     on_video: Callable[[Path], None] = lambda video: None,
+    **changes: object,
 ) -> PackSummary:
-    """Write videos into `out`/shard-000000.tar and on, each as it is, in the field mp4.
+    """Write videos into `out`/shard-000000.tar and on, in the field mp4; go on where an equal call was killed.
 
-    A key is the video's path below its source, with what WebDataset can't take replaced. A shard appears under its
-    name only when it is whole.
+    A shard appears under its name only when it is whole. `out`/videos.jsonl tells what is in them, left_out.jsonl what
+    is not, and why.
 
     Args:
-        sources: Video files and folders.
+        sources: As `video_names.all_videos` takes them.
         out: Folder of the shards; made where missing.
-        shard_size_mib: A shard is closed before it would grow beyond this; one larger video has a shard of its own.
-        max_clips_per_shard: It is closed at this number of videos, too.
+        settings: What to make of them.
+        num_workers: Shards that are written at the same time.
         on_video: Called after each file, packed or refused.
+        changes: Settings by their names, in place of `settings`.
 
     Raises:
-        ConfigError: if there is no video, none is usable, a limit is not positive, or `out` holds shards already.
+        ConfigError: if there is no video, none is usable, or `out` holds shards of another call.
     """
-    if shard_size_mib <= 0 or (max_clips_per_shard is not None and max_clips_per_shard < 1):
-        raise ConfigError(
-            f"a shard can't hold {shard_size_mib} MiB or {max_clips_per_shard} clips: set both limits above 0"
-        )
+    plan = plan_pack(sources, out, settings or PackSettings(**changes))  # type: ignore[arg-type]
+    _work(plan, out, range(len(plan.shards)), num_workers, on_video)
+    return finish_pack(out)
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """One task of several that carry out the plan in a folder."""
+
+    out: Path
+    index: int
+    count: int
+    num_workers: int
+
+    def __call__(self) -> None:
+        """Write every `count`-th shard; the task that is last also writes the lists."""
+        plan = PackPlan.read(self.out)
+        numbers = range(self.index, len(plan.shards), self.count)
+        _work(plan, self.out, numbers, self.num_workers, lambda video: None)
+        if not _missing(plan, self.out):
+            finish_pack(self.out)
+
+
+def plan_pack(sources: Sequence[Path], out: Path, settings: PackSettings) -> PackPlan:
+    """Decide which video goes where, and write it down.
+
+    Raises:
+        ConfigError: as `pack`.
+    """
+    settings.check()
+    videos = all_videos(sources)
+    groups = _groups(videos, settings.group_by)
+    planned, duplicates = [], []
+    first_of = _first_of_duplicates(videos) if settings.probe else {}
+    for video in sorted(videos, key=lambda video: groups[video.key] or ""):
+        if video.key in first_of:
+            duplicates.append((str(video.path), f"it is a copy of {first_of[video.key]}"))
+            continue
+        stat = video.path.stat()
+        path = str(video.path.resolve())
+        planned.append(PlannedVideo(path, video.key, groups[video.key], stat.st_size, stat.st_mtime_ns))
+    plan = PackPlan(settings, _shards(planned, settings), duplicates)
+    file = _plan_file(out)
+    if file.exists() and file.read_text(encoding="utf-8") == plan.to_json():
+        return plan
     if any(out.glob("shard-*.tar")):
-        raise ConfigError(f"{out} holds shards already: remove them, or choose another folder for --out")
-    named = named_videos(sources)
-    out.mkdir(parents=True, exist_ok=True)
-    refused: list[tuple[Path, str]] = []
-    shards = _ShardSequence(out, shard_size_mib * MIB, max_clips_per_shard)
-    try:
-        for video, key in named:
-            try:
-                shards.add(key, usable_bytes(video))
-            except UndecodableError as error:
-                refused.append((video, str(error)))
-            on_video(video)
-        shards.finish()
-    finally:
-        shards.discard()
-    if not shards.videos:
+        raise ConfigError(
+            f"{out} holds shards already, of other videos or settings: remove them, or choose another folder for --out"
+        )
+    shutil.rmtree(file.parent, ignore_errors=True)
+    write_atomically(file, plan.to_json())
+    return plan
+
+
+def finish_pack(out: Path) -> PackSummary:
+    """Write the lists of what was packed and what was left out.
+
+    Raises:
+        ConfigError: if no video could be used.
+    """
+    plan = PackPlan.read(out)
+    results = [ShardResult.read(_result_file(out, number)) for number in range(len(plan.shards))]
+    packed = [entry for result in results for entry in result.packed]
+    refused = plan.duplicates + [each for result in results for each in result.refused]
+    _write_lines(out / PACKED_LIST, packed)
+    _write_lines(out / LEFT_OUT_LIST, ({"path": path, "reason": reason} for path, reason in refused))
+    if not packed:
         path, reason = refused[0]
         raise ConfigError(f"none of {len(refused)} videos can be used, {path} for one: {reason}")
-    return PackSummary(shards.finished, shards.videos, shards.bytes, refused)
+    return PackSummary(
+        shards=sum(bool(result.packed) for result in results),
+        videos=len(packed),
+        bytes=sum(result.video_bytes for result in results),
+        refused=[(Path(path), reason) for path, reason in refused],
+    )
 
 
-def usable_bytes(video: Path) -> bytes:
-    """A video file's bytes, looked at first.
-
-    Raises:
-        UndecodableError: with the reason, if no clip could be had from it.
-    """
-    try:
-        raw = video.read_bytes()
-        if not raw:
-            raise UndecodableError("the file is empty")
-        info = probe(video)
-    except OSError as error:
-        raise UndecodableError(f"it can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UndecodableError(str(error).removeprefix(f"{video} ")) from error
-    if info.frames < info.frames_promised:
-        raise UndecodableError(f"it is cut short: {info.frames} of {info.frames_promised} frames are there")
-    decode_clip(raw, 0, 1)
-    return raw
+def unfinished_shards(folder: Path) -> int:
+    """Shards that a call of `pack` has planned for a folder and not come to; what was done to others is no matter."""
+    if not _plan_file(folder).exists():
+        return 0
+    return sum(not _result_file(folder, number).exists() for number in range(len(PackPlan.read(folder).shards)))
 
 
-class _ShardSequence:
-    """Shards in the order they are filled; the open one is a partial file."""
-
-    def __init__(self, out: Path, max_bytes: float, max_clips: int | None) -> None:
-        self.out = out
-        self.max_bytes = max_bytes
-        self.max_clips = max_clips
-        self.finished = self.videos = self.bytes = 0
-        self._clips_here = self._bytes_here = 0
-        self._partial = out / f".shard.{os.getpid()}.partial"
-        self._writer: TarWriter | None = None
-
-    def add(self, key: str, raw: bytes) -> None:
-        is_full = self._bytes_here + len(raw) > self.max_bytes or self._clips_here == self.max_clips
-        if self._writer is not None and is_full:
-            self.finish()
-        if self._writer is None:
-            self._writer = TarWriter(str(self._partial), encoder=False, mtime=0)  # equal videos, equal shards
-        self._writer.write({"__key__": key, "mp4": raw})
-        self._clips_here += 1
-        self._bytes_here += len(raw)
-        self.videos += 1
-        self.bytes += len(raw)
-
-    def finish(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._partial.rename(self.out / f"shard-{self.finished:06d}.tar")
-            self.finished += 1
-            self._writer = None
-            self._clips_here = self._bytes_here = 0
-
-    def discard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._partial.unlink()
-            self._writer = None
+def packed_groups(folder: Path) -> dict[str, set[str]]:
+    """The groups in each shard of a folder, by the shard's file name; empty where `pack` has not written it."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    if (folder / PACKED_LIST).exists():
+        with (folder / PACKED_LIST).open(encoding="utf-8") as file:
+            for entry in map(json.loads, file):
+                if entry["group"] is not None:
+                    groups[entry["shard"]].add(entry["group"])
+    return dict(groups)
 
 
-def named_videos(sources: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each video once, with its key."""
-    found: dict[Path, tuple[Path, str]] = {}
-    taken: set[str] = set()
-    for source in sources:
-        for video, name in _below(source):
-            if video.resolve() not in found:
-                key = _unique(_readable_key(name), taken)
-                taken.add(key)
-                found[video.resolve()] = (video, key)
-    if not found:
-        raise ConfigError(
-            f"no videos in {', '.join(map(str, sources)) or 'nothing'}: name files or folders with {' '.join(SUFFIXES)}"
-        )
-    return list(found.values())
+def _work(
+    plan: PackPlan, out: Path, numbers: Iterable[int], num_workers: int, on_video: Callable[[Path], None]
+) -> None:
+    """Write the shards that are not there, and tell of all."""
+    missing = set(_missing(plan, out))
+    todo = [number for number in numbers if number in missing]
+    for number in set(numbers) - missing:
+        _tell(plan.shards[number], on_video)
+    if num_workers <= 1 or len(todo) <= 1:
+        for number in todo:
+            _write_shard(plan, out, number)
+            _tell(plan.shards[number], on_video)
+        return
+    with ProcessPoolExecutor(min(num_workers, len(todo)), mp_context=get_context("fork")) as workers:
+        futures = {workers.submit(_write_shard, plan, out, number): number for number in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                _tell(plan.shards[futures[future]], on_video)
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _below(source: Path) -> Iterator[tuple[Path, str]]:
-    if source.is_dir():
-        for video in sorted(source.rglob("*")):
-            below = video.relative_to(source)
-            hidden = any(part.startswith(".") for part in below.parts)  # ._clip.mp4 is no video but a Mac's note on it
-            if video.suffix.lower() in SUFFIXES and video.is_file() and not hidden:
-                yield video, str(below.with_suffix(""))
-    elif source.is_file():
-        yield source, source.stem
-    else:
-        raise ConfigError(f"{source} is not there: name video files or folders of them")
+def _write_shard(plan: PackPlan, out: Path, number: int) -> None:
+    result = pack_shard(out / _shard_name(number), plan.shards[number], plan.settings)
+    write_atomically(_result_file(out, number), result.to_json())
 
 
-def _readable_key(name: str) -> str:
-    """WebDataset ends a key at its first dot; folders are joined by dashes, and letters of any script stay."""
-    return re.sub(r"[^\w-]+", "_", name.replace("/", "-")).strip("_") or "video"
+def _tell(videos: Iterable[PlannedVideo], on_video: Callable[[Path], None]) -> None:
+    for video in videos:
+        on_video(Path(video.path))
 
 
-def _unique(key: str, taken: set[str]) -> str:
-    candidate, number = key, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{key}-{number}"
-    return candidate
+def _missing(plan: PackPlan, out: Path) -> list[int]:
+    """Shards without a result, or whose tar is not the one that the result tells of."""
+    missing = []
+    for number in range(len(plan.shards)):
+        file, tar = _result_file(out, number), out / _shard_name(number)
+        size = tar.stat().st_size if tar.exists() else 0
+        if not file.exists() or ShardResult.read(file).tar_bytes != size:
+            missing.append(number)
+    return missing
+
+
+def _groups(videos: Sequence[NamedVideo], pattern: str | None) -> dict[str, str | None]:
+    """What each video belongs to, by its key: what the pattern finds in its path, or its folder if all lie in some."""
+    if pattern == "none":
+        return dict.fromkeys((video.key for video in videos), None)
+    if pattern is None:
+        folders = {video.folder for video in videos}
+        are_drives = len(folders) > 1 and "" not in folders
+        return {video.key: video.folder if are_drives else None for video in videos}
+    groups: dict[str, str | None] = {}
+    for video in videos:
+        found = re.search(pattern, str(video.path))
+        if found is None:
+            raise ConfigError(f"--group-by {pattern} finds nothing in {video.path}: choose a pattern that fits all")
+        groups[video.key] = "-".join(group or "" for group in found.groups()) or found.group()
+    return groups
+
+
+def _first_of_duplicates(videos: Sequence[NamedVideo]) -> dict[str, Path]:
+    """Keys of exact copies, with the file that each is a copy of; only files of one size are read."""
+    by_size: dict[int, list[NamedVideo]] = defaultdict(list)
+    for video in videos:
+        by_size[video.path.stat().st_size].append(video)
+    copies: dict[str, Path] = {}
+    for size, group in by_size.items():
+        first: dict[bytes, Path] = {}
+        for video in group if size > 0 and len(group) > 1 else ():
+            try:
+                with video.path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").digest()
+            except OSError:
+                continue  # what packs it tells of it
+            if digest in first:
+                copies[video.key] = first[digest]
+            first.setdefault(digest, video.path)
+    return copies
+
+
+def _shards(videos: Sequence[PlannedVideo], settings: PackSettings) -> list[list[PlannedVideo]]:
+    shards: list[list[PlannedVideo]] = []
+    num_bytes = 0
+    for video in videos:
+        is_full = num_bytes + video.num_bytes > settings.shard_size_mib * MIB
+        if not shards or is_full or len(shards[-1]) == settings.max_clips_per_shard:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(video)
+        num_bytes += video.num_bytes
+    return shards
+
+
+def _write_lines(path: Path, entries: Iterable[dict[str, object]]) -> None:
+    write_atomically(path, "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries))
+
+
+def _plan_file(out: Path) -> Path:
+    return out / PLAN_FOLDER / "plan.json"
+
+
+def _result_file(out: Path, number: int) -> Path:
+    return out / PLAN_FOLDER / f"{number:06d}.json"
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"

@@ -2,13 +2,8 @@
 
 import contextlib
 import io
-import os
-import re
-import struct
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 from megatron.energon import WorkerConfig, get_loader, get_val_dataset
@@ -17,14 +12,16 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import write_atomically
 from cosmos_hpc.data.bad_videos import SkippedVideos
+from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.dataset_index import META_FOLDER, shard_counts, split_shards, split_sizes
 from cosmos_hpc.data.decoding import ClipDecoder
+from cosmos_hpc.data.pack import packed_groups, unfinished_shards
+from cosmos_hpc.data.shard_check import Shard, check_all, indexed_offsets, look_into_all
+from cosmos_hpc.data.splitting import Ratio, split_by_folder, split_by_ratio
 from cosmos_hpc.data.task_encoder import ClipTaskEncoder
 
-SAMPLE_PART = re.compile(r"(?!__[^/]*__(?:$|/))(?P<key>(?:.*/|)[^.]+)[.][^/]*$")
-"""A file that belongs to a sample, as Energon sees it: its key ends at the first dot of its name."""
-
-SPLITS = ("train", "val", "test")
+SHUFFLE_SEED = 42
+"""Energon's own."""
 
 DATASET_YAML = """\
 __module__: megatron.energon
@@ -37,51 +34,44 @@ field_map:
 """
 
 
-class Shard(NamedTuple):
-    """One tar as it lies on disk."""
-
-    name: str
-    """Path below the dataset's folder."""
-
-    samples: int
-    """Samples in it."""
-
-    end: int
-    """Offset at which the walk over its members ends."""
-
-
 def prepare(
     root: Path,
     *,
-    split: tuple[float, float, float] = (99, 1, 0),
+    split: Ratio = (99, 1, 0),
+    shuffle_tars: bool = False,
     num_workers: int = 4,
+    num_streams: int = 1,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
     """Index a folder of shards and split it; nothing is written where that is done already.
 
     Folders `train` and `val` (and `test`) with shards in them are the split. Otherwise whole shards are dealt out by
-    ratio, in the order of their names: the end of the data validates, so that neighbours don't leak.
+    ratio, in the order of their names: the end of the data validates, so that neighbours don't leak. Shards that
+    `pack` gave videos of one group stay together.
 
     Args:
         root: Folder with the shards, at any depth.
         split: Parts for train, val and test, where no folders decide; each part above 0 gets a shard at least.
+        shuffle_tars: Deal shards out in an order of chance, always the same, instead of that of their names.
         num_workers: Processes that read shards.
+        num_streams: Ranks x workers that are to share the training samples; fewer samples are refused.
         on_shard: Called with the steps done and all steps: each shard is looked into, then indexed.
 
     Returns:
         Samples in train, val and test.
 
     Raises:
-        ConfigError: if there are no shards, one is damaged, a key is there twice, train or val would be empty, or a
-            sample can't be read.
+        ConfigError: if there are no shards, one is damaged, a key is there twice, train or val would be empty, a group
+            is on both sides, there are too few samples, or a sample can't be read.
     """
     names = _shard_names(root)
-    splits = _split_by_folder(root, names) or _split_by_ratio(root, names, split)
+    groups = _groups(root, names)
+    splits = split_by_folder(root, names, groups)
+    if splits is None:
+        splits = split_by_ratio(root, names, groups, split, SHUFFLE_SEED if shuffle_tars else None)
     told = _Told(on_shard, 2 * len(names))
-    shards = []
-    for name in names:
-        shards.append(_look_into(root, name))
-        told.one_more()
+    shards = look_into_all(root, names, num_workers, told.one_more)
+    _check_samples(root, shards, splits["train"], num_streams)
     if _is_current(root, shards):
         on_shard(told.total, told.total)
     else:
@@ -96,6 +86,31 @@ def prepare(
         if its_shards:
             _load_one(root, part)
     return split_sizes(root)
+
+
+def check(
+    root: Path, *, num_workers: int = 4, on_shard: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, int]:
+    """Compare every shard, to its last byte, with the index; nothing is written.
+
+    Returns:
+        Samples in train, val and test.
+
+    Raises:
+        ConfigError: naming the shards that are not as indexed, or where there is no index.
+    """
+    sizes = split_sizes(root)
+    names = sorted(name for names in split_shards(root).values() for name in names)
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{root} lacks {len(missing)} indexed shards, {missing[0]} for one: bring it back, or prepare"
+        )
+    told = _Told(on_shard, len(names))
+    samples = check_all(root, names, num_workers, told.one_more)
+    if samples != sum(sizes.values()):
+        raise ConfigError(f"{root} holds {samples} samples, but {sum(sizes.values())} are indexed: prepare it again")
+    return sizes
 
 
 class _Told:
@@ -133,53 +148,24 @@ def _shard_names(root: Path) -> list[str]:
     return names
 
 
-def _split_by_folder(root: Path, names: list[str]) -> dict[str, list[str]] | None:
-    """The split that the folders make; none where train and val are not both there."""
-    splits = {part: [name for name in names if name.startswith(f"{part}/")] for part in SPLITS}
-    if not splits["train"] or not splits["val"]:
-        return None
-    outside = [name for name in names if name.partition("/")[0] not in SPLITS]
-    if outside:
-        raise ConfigError(f"{root}/{outside[0]} lies beside the folders train and val: move it into one of them")
-    return splits
+def _groups(root: Path, names: list[str]) -> dict[str, set[str]]:
+    """What `pack` kept together, by shard; a folder that it has not finished is refused."""
+    groups: dict[str, set[str]] = {}
+    for folder in sorted({(root / name).parent for name in names}):
+        if unfinished := unfinished_shards(folder):
+            raise ConfigError(f"{folder}: {unfinished} shards are not packed yet: the same `cosmos-hpc pack` goes on")
+        below = folder.relative_to(root)
+        groups |= {str(below / shard): found for shard, found in packed_groups(folder).items()}
+    return groups
 
 
-def _split_by_ratio(root: Path, names: list[str], ratio: tuple[float, float, float]) -> dict[str, list[str]]:
-    if len(ratio) != len(SPLITS) or min(ratio) < 0 or ratio[0] <= 0 or ratio[1] <= 0:
+def _check_samples(root: Path, shards: list[Shard], train: list[str], num_streams: int) -> None:
+    samples = sum(shard.samples for shard in shards if shard.name in set(train))
+    if samples < num_streams:
         raise ConfigError(
-            f"the split is {','.join(map(str, ratio))}, but takes parts for train, val and test, "
-            "the first two above 0: such as 99,1,0"
+            f"{root} holds {samples} training samples, but {num_streams} ranks x workers need at least one each: "
+            "use fewer, or pack more videos or parts of them (--split-s)"
         )
-    wanted = sum(part > 0 for part in ratio)
-    if len(names) < wanted:
-        raise ConfigError(
-            f"{root} holds {len(names)} shard{'s' * (len(names) > 1)}, but shards are split whole, so that "
-            f"{'val' if len(names) < 2 else 'test'} would be empty: pack with a smaller --shard-size-mib or with "
-            "--max-clips-per-shard, or put shards into folders train and val"
-        )
-    rest = [max(1, int(len(names) * part / sum(ratio))) if part > 0 else 0 for part in ratio[1:]]
-    counts = [len(names) - sum(rest), *rest]
-    while counts[0] < 1:
-        counts[0], counts[counts.index(max(counts))] = counts[0] + 1, max(counts) - 1
-    taken = iter(names)
-    return {part: [next(taken) for _ in range(count)] for part, count in zip(SPLITS, counts, strict=True)}
-
-
-def _look_into(root: Path, name: str) -> Shard:
-    """Walk over a tar's headers, so that a damaged one is refused here and not in the middle of a run."""
-    path, keys, last = root / name, 0, None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                part = SAMPLE_PART.match(member.name)
-                if member.isreg() and part is not None and part["key"] != last:
-                    keys, last = keys + 1, part["key"]
-            end = tar.offset
-    except (tarfile.TarError, OSError) as error:
-        raise ConfigError(f"{path} can't be read to its end as a tar ({error}): copy or pack it again") from error
-    if keys == 0:
-        raise ConfigError(f"{path} holds no samples: remove it")
-    return Shard(name, keys, end)
 
 
 def _is_current(root: Path, shards: list[Shard]) -> bool:
@@ -188,19 +174,10 @@ def _is_current(root: Path, shards: list[Shard]) -> bool:
         return False
     stamp = root / META_FOLDER / "index.uuid"
     return stamp.exists() and all(
-        _indexed_end(root / shard.name) == shard.end and (root / shard.name).stat().st_mtime <= stamp.stat().st_mtime
+        indexed_offsets(root / shard.name)[-1:] == [shard.end]
+        and (root / shard.name).stat().st_mtime <= stamp.stat().st_mtime
         for shard in shards
     )
-
-
-def _indexed_end(tar: Path) -> int | None:
-    """The last offset in Energon's own index of a tar."""
-    index = tar.with_name(f"{tar.name}.idx")
-    if not index.exists() or index.stat().st_size < 8:
-        return None
-    with index.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
-        return int(struct.unpack("<Q", file.read(8))[0])
 
 
 def _index(root: Path, names: list[str], num_workers: int, told: _Told) -> None:
@@ -243,7 +220,7 @@ def _load_one(root: Path, part: str) -> None:
                 batch_size=1,
                 limit=1,
                 task_encoder=ClipTaskEncoder(
-                    num_frames=1, crop_size=16, seed=None, clip_decoder=clip_decoder, skipped=skipped
+                    kind=ClipKind(1, 16, 16), seed=None, clip_decoder=clip_decoder, skipped=skipped
                 ),
             )
             loader = get_loader(dataset, watchdog_timeout_seconds=None)

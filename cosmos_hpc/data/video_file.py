@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +81,49 @@ def read_frames(path: Path, start: int = 0, stop: int | None = None) -> Iterator
                     yield pixels
     except av.FFmpegError as error:
         raise ValueError(f"{path} is damaged: {error.strerror}") from error
+
+
+class MiddleFrames(NamedTuple):
+    """The frames in the middle of a video."""
+
+    start: int
+    """Number of the first one in the video, from 0."""
+
+    frames: np.ndarray
+    """uint8 [T, H, W, 3], RGB, upright."""
+
+
+def read_middle(path: Path, num_frames: int) -> MiddleFrames:
+    """Decode the frames in the middle of a video, from the key frame before them on.
+
+    Raises:
+        ValueError: if the video is damaged or shorter than that.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video stream")
+            stream = container.streams.video[0]
+            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+            start = (len(times) - num_frames) // 2
+            if start < 0:
+                raise ValueError(f"{path} has {len(times)} frames, {num_frames} are needed")
+        frames = _frames_from(path, times[start] if start else None, num_frames)
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is damaged: {error.strerror}") from error
+    if len(frames) < num_frames or any(frame.shape != frames[0].shape for frame in frames):
+        raise ValueError(f"{path} does not give {num_frames} frames of one size from frame {start} on")
+    return MiddleFrames(start, np.stack(frames))
+
+
+def _frames_from(path: Path, time: int | None, num_frames: int) -> list[np.ndarray]:
+    """Frames from the one shown at a time on, in the stream's own units; none: from the beginning."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if time is not None:
+            container.seek(time, stream=stream)
+        shown = (frame for frame in container.decode(stream) if time is None or (frame.pts or 0) >= time)
+        return [_upright(frame) for frame in islice(shown, num_frames)]
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

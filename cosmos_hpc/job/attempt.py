@@ -18,6 +18,7 @@ from cosmos_hpc.job.ends import Diagnosis, diagnose
 from cosmos_hpc.job.goodput import account, settle_lost_steps
 from cosmos_hpc.job.hang import Stacks, Vigil, dump_with_py_spy
 from cosmos_hpc.job.meeting import meeting_port
+from cosmos_hpc.job.policy import faults_since_progress
 from cosmos_hpc.launch.local import children
 from cosmos_hpc.launch.step import kill_step, signal_ranks, start_step, step_command, step_environment
 
@@ -56,7 +57,9 @@ class Attempt:
         self._asked = asked
         self._place = place
         self._record = state.attempts[-1]
-        self._vigil = Vigil(config.cluster.hang, state.longest_silence_s)
+        of_this_job = [record for record in state.attempts if record.job_id == self._record.job_id]
+        num_hangs = faults_since_progress(of_this_job).count(Ending.HANG)
+        self._vigil = Vigil(config.cluster.hang, state.longest_silence_s, num_hangs=num_hangs)
         self._begun = time.monotonic()
         self._before = self._record.goodput or Goodput()
 
@@ -119,7 +122,6 @@ class Attempt:
         if self._config.cluster.executor == "local":
             dump_with_py_spy(children(step.pid), output)
         said = self._vigil.describe(stacks.wait(lambda: step.poll() is not None))
-        self._vigil.give_more_time()
         kill_step(self._config, step)
         return said
 

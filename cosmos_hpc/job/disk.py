@@ -26,6 +26,14 @@ def has_room(folder: RunFolder) -> bool:
     return space.f_bavail * space.f_frsize >= needed and _can_write(folder.path / ".room.partial", needed)
 
 
+def is_full(folder: RunFolder) -> bool:
+    """Whether not even a word could be written."""
+    try:
+        return not _can_write(folder.path / ".room.partial", 2**16)
+    except OSError:  # whatever is wrong, it is not that
+        return False
+
+
 def checkpoint_bytes(folder: RunFolder) -> int:
     """Size of the newest checkpoint; 0 before the first."""
     newest = folder.newest_checkpoint()

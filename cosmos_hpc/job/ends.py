@@ -9,6 +9,7 @@ from pathlib import Path
 from cosmos_hpc.config.rank_reports import AgreedEnd, Failure, last_lines
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import Ending
+from cosmos_hpc.job.disk import is_full
 
 SIGNS: tuple[tuple[Ending, re.Pattern[str]], ...] = (
     (Ending.USER_ERROR, re.compile(r"^ConfigError: |^error: ")),
@@ -113,6 +114,8 @@ def _evidence(folder: RunFolder, attempt: int, code: int) -> Iterator[Diagnosis]
     if death.code == -signal.SIGKILL:
         yield _of_death(folder, attempt, death, Ending.KILLED)
     yield from (found for found in logged if found.ending is not Ending.LOST_RANKS)
+    if is_full(folder):
+        yield Diagnosis(Ending.DISK_FULL, "no room was left to say what ended it", log=folder.attempt_logs(attempt))
     if death.code < 0 and not (told or logged):  # NCCL's watchdog ends by SIGABRT, after it said what it lost
         ending = Ending.KILLED if death.code == -signal.SIGTERM else Ending.CODE_FAULT
         yield _of_death(folder, attempt, death, ending)

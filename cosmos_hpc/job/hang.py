@@ -1,5 +1,6 @@
 """Ranks without a sign of life: noticed by the supervisor's own clock, with a limit learned from what was seen."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ from cosmos_hpc.config.schema import HangConfig
 
 STACKS_S = 10.0
 """How long ranks have to print their stacks."""
+
+PY_SPY_S = 10.0
+"""How long py-spy may take for one rank."""
 
 QUIET_S = 1.0
 """Logs that have not grown for so long hold what will come."""
@@ -32,6 +36,8 @@ class Vigil:
         self,
         limits: HangConfig,
         longest_silence_s: dict[str, float],
+        *,
+        num_hangs: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with the start of the ranks.
@@ -39,9 +45,11 @@ class Vigil:
         Args:
             limits: from the settings.
             longest_silence_s: by phase that the run has been through to its end; kept up to date here.
+            num_hangs: since the last new checkpoint. Each doubles the limits: it may have been slowness.
             clock: seconds; never goes back, and stands still with the machine.
         """
         self._limits = limits
+        self._patience = 2**num_hangs
         self._longest_silence_s = longest_silence_s
         self._clock = clock
         self._last_sign = clock()
@@ -65,8 +73,8 @@ class Vigil:
         """Silence that the present phase may have."""
         seen_s = self._longest_silence_s.get(self.newest.phase)
         if seen_s is None:
-            return self._limits.first_limit_s
-        return max(self._limits.least_limit_s, self._limits.factor * seen_s)
+            return self._patience * self._limits.first_limit_s
+        return self._patience * max(self._limits.least_limit_s, self._limits.factor * seen_s)
 
     @property
     def is_hung(self) -> bool:
@@ -87,10 +95,6 @@ class Vigil:
             self._last_sign = self._clock()
             self._beats = beat.beats
         self.newest = beat
-
-    def give_more_time(self) -> None:
-        """Double the limit of the phase for the next attempt: what looked like a hang may have been slowness."""
-        self._learn(2 * self.limit_s / self._limits.factor)
 
     def _learn(self, silence_s: float) -> None:
         phase = self.newest.phase
@@ -146,7 +150,8 @@ def dump_with_py_spy(pids: Sequence[int], output: IO[str]) -> None:
     if tool := shutil.which("py-spy"):
         for pid in pids:
             command = [tool, "dump", "--nonblocking", "--pid", str(pid)]
-            subprocess.run(command, stdout=output, stderr=output, timeout=STACKS_S, check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, stdout=output, stderr=output, timeout=PY_SPY_S, check=False)
 
 
 def _read_from(log: Path, size: int) -> str:

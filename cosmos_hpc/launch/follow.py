@@ -55,6 +55,17 @@ def follow(
         raise
 
 
+def _numbers(status: RunStatus) -> str:
+    """What the bar says of the last step."""
+    told = [
+        "" if status.loss is None else f"loss {status.loss:.4f}",
+        "" if status.clips_per_s is None else f"{status.clips_per_s:.2f} clips/s",
+        "" if status.data_wait is None else f"data wait {status.data_wait:.0%}",
+        "" if status.memory_gib is None else f"{status.memory_gib:.1f} GiB",
+    ]
+    return "".join(f", {each}" for each in told if each)
+
+
 def _saved(folders: Sequence[RunFolder], status: RunStatus) -> str:
     newest = next(folder.newest_checkpoint() for folder in folders if folder.label == status.run)
     return "nothing was to be saved yet" if newest is None else f"saved in {newest}"
@@ -66,8 +77,7 @@ def _watch(folders: Sequence[RunFolder], on_status: Callable[[RunFolder, RunStat
         while True:
             found = run_statuses(folders)
             for folder, task, status in zip(folders, tasks, found, strict=True):
-                loss = "" if status.loss is None else f", loss {status.loss:.4f}"
-                what = f"{folder.label} {status.status}{loss}"
+                what = f"{folder.label} {status.status}{_numbers(status)}"
                 progress.update(task, completed=status.step, total=status.max_steps, description=what)
                 on_status(folder, status)
             if all(status.is_over for status in found):

@@ -51,7 +51,7 @@ def forget_earlier_cancel(folder: RunFolder, job: str) -> None:
         folder: of the run.
         job: the caller's own.
     """
-    if folder.cancel_mark.exists() and folder.cancel_mark.stat().st_mtime < submitted_at(job):
+    if folder.cancel_mark.exists() and folder.cancel_mark.stat().st_mtime < submitted_at(job) + 1:  # whole seconds
         folder.cancel_mark.unlink(missing_ok=True)
 
 

@@ -82,6 +82,9 @@ class RunStatus:
     message: str | None
     """Why the last attempt failed."""
 
+    memory_gib: float | None = None
+    """Most memory that rank 0 held."""
+
     goodput: float | None = None
     """Productive over allocated seconds, in [0, 1]; none before anything was allocated."""
 
@@ -238,6 +241,7 @@ def _told(read: _Read, job: JobStatus | None) -> RunStatus:
         causes=dict(Counter(str(attempt.outcome) for attempt in ended)),
         last_outcome=ended[-1].outcome if ended else None,
         message=ended[-1].message if ended else None,
+        memory_gib=last.get("memory_gib"),
         goodput=state.goodput.share if state else None,
         seconds=state.goodput if state else None,
         data_wait=_data_wait(recent),

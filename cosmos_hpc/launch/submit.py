@@ -222,7 +222,7 @@ def _start_here(
     ids = {}
     for run in sent:
         run.folder.pending_mark.write_text("")
-    with _shielded(code):
+    with shielded(code):
         for run in sent:
             ids[run.folder.label] = job = executor.submit(make_job(run.folder.path)).job_id
             mark_sent(run.folder, job)
@@ -231,16 +231,17 @@ def _start_here(
 
 
 @contextlib.contextmanager
-def _shielded(code: Path) -> Iterator[None]:
+def shielded(code: Path | None = None) -> Iterator[None]:
     """Processes started inside outlive Ctrl-C and the closing of the terminal, as jobs of a cluster do.
 
-    They run a snapshot of the code, and learn which GPUs the caller sees by another name, since submitit overwrites
-    the usual one.
+    They run the snapshot of the code if one is given, and learn which GPUs the caller sees by another name, since
+    submitit overwrites the usual one.
     """
     kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     before = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
-    os.environ["PYTHONSAFEPATH"] = "1"
+    if code is not None:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
+        os.environ["PYTHONSAFEPATH"] = "1"
     if "CUDA_VISIBLE_DEVICES" in before:
         os.environ[CALLERS_GPUS] = before["CUDA_VISIBLE_DEVICES"]
     try:

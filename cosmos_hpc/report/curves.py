@@ -1,13 +1,14 @@
 """Loss and PSNR over steps, all runs in one picture, as SVG to be put inside an HTML page.
 
-The pictures hold no words of the user's: which colour is which run stands in the page's own legend.
+Which colour is which run stands in the page's own legend.
 """
 
 import io
+import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -42,6 +43,9 @@ SMOOTHING_SHARE = 40
 
 MAX_DOTS = 50
 """More validations than this are drawn as a line without a dot for each."""
+
+MAX_TICK_LETTERS = 18
+"""Of a value below an axis; paths differ at their ends."""
 
 INK = "#123456"
 """Stands for the page's text colour, so that the picture follows a dark page."""
@@ -87,18 +91,65 @@ def loss_curves(records: Sequence[RunRecord]) -> str | None:
     return _inline_svg(figure)
 
 
-def psnr_curves(records: Sequence[RunRecord]) -> str | None:
-    """Validation PSNR of each run; none where no run has been validated."""
-    if not any(record.validations for record in records):
+def psnr_curves(records: Sequence[RunRecord], score: str = "val_psnr") -> str | None:
+    """Validation PSNR of each run, and thin that of its averaged weights; none where no run has it.
+
+    Args:
+        records: the runs.
+        score: `val_psnr`, or `general_psnr` for the second validation set.
+    """
+    if not any(score in validation.scores for record in records for validation in record.validations):
         return None
     figure, axes = _axes("validation PSNR (dB)")
     for index, record in enumerate(records):
         style = run_style(index)
-        curve = _curve((validation.step, validation.val_psnr) for validation in record.validations)
+        curve = _curve((each.step, each.scores.get(score)) for each in record.validations)
+        average = _curve((each.step, each.scores.get(f"{score}_ema")) for each in record.validations)
         marker = "o" if len(curve.steps) <= MAX_DOTS else ""
         axes.plot(*curve, color=style.colour, linestyle=style.dash, linewidth=1.8, marker=marker, markersize=3.5)
+        axes.plot(*average, color=style.colour, linewidth=0.9, alpha=0.7)
         _mark_interruptions(axes, record, style)
     return _inline_svg(figure)
+
+
+def setting_plots(records: Sequence[RunRecord], settings: Mapping[str, Sequence[Any]]) -> list[tuple[str, str]]:
+    """For each setting that a sweep varies, validation PSNR at the end over its values, a dot for each run.
+
+    Args:
+        records: the runs.
+        settings: dotted name to its value in each run.
+
+    Returns:
+        Name and picture of each setting with two values or more among the runs that have been validated.
+    """
+    found = ((index, record.at_end("val_psnr")) for index, record in enumerate(records))
+    ends = {index: end for index, end in found if end is not None and math.isfinite(end)}
+    plots = []
+    for name, values in settings.items():
+        if len({str(values[index]) for index in ends}) >= 2:
+            figure, axes = _axes("validation PSNR (dB)")
+            axes.set_xlabel(name, color=INK)
+            for index, place in zip(ends, _places(axes, [values[index] for index in ends]), strict=True):
+                style = run_style(index)
+                axes.plot([place], [ends[index]], "o", color=style.colour, markersize=7)
+            plots.append((name, _inline_svg(figure)))
+    return plots
+
+
+def _places(axes: Axes, values: Sequence[Any]) -> list[float]:
+    """Where values lie along the axis: numbers as they are or by powers of ten, others side by side."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        if min(values) > 0 and max(values) / min(values) >= 10:
+            axes.set_xscale("log")
+        return [float(value) for value in values]
+    names = sorted({str(value) for value in values})
+    axes.set_xticks(range(len(names)), [_shortened(name) for name in names], parse_math=False)  # a $ is a $
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    return [float(names.index(str(value))) for value in values]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MAX_TICK_LETTERS else f"...{name[-MAX_TICK_LETTERS:]}"
 
 
 def moving_mean(values: Sequence[float], reach: int) -> list[float]:

@@ -1,13 +1,13 @@
-"""An experiment's folders to one HTML page that needs nothing besides itself: no network, no script, no other file."""
+"""An experiment's folders to one HTML page that needs nothing besides itself: no network, no other file."""
 
 import base64
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -16,17 +16,19 @@ from cosmos_hpc import __version__
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import ExperimentFolder, write_atomically
 from cosmos_hpc.config.run_state import AttemptRecord, Goodput
-from cosmos_hpc.report.curves import Style, loss_curves, psnr_curves, run_style
+from cosmos_hpc.report.curves import Style, loss_curves, psnr_curves, run_style, setting_plots
+from cosmos_hpc.report.evaluation_rows import Cell, Evaluations, evaluation_table, evaluations_of
+from cosmos_hpc.report.origins import origins_of, quarantine_of
 from cosmos_hpc.report.pictures import PictureRows, before_and_after
 from cosmos_hpc.report.run_data import (
     FINAL_STEPS,
     RunRecord,
-    best_run,
     differing_settings,
     num_validation_clips,
     read_run,
     settings_of,
 )
+from cosmos_hpc.report.verdict import best_of, told_apart, verdict
 
 NOTHING = "\N{EN DASH}"
 """Stands where there is no number yet."""
@@ -42,7 +44,7 @@ class RunRow:
     style: Style
     """Of its curves."""
 
-    choices: tuple[str, ...]
+    choices: tuple[Cell, ...]
     """Values of the settings that differ between runs."""
 
     status: str
@@ -51,29 +53,54 @@ class RunRow:
     is_best: bool
     """True for the run that the summary names."""
 
-    step: str
-    """Done and to do."""
+    scores: tuple[Cell, ...]
+    """One for each column of the first table."""
 
-    final_loss: str
-    """Mean over the last steps."""
-
-    psnr_start: str
-    """dB."""
-
-    psnr_end: str
-    """dB."""
-
-    gain: str
-    """dB, signed."""
-
-    clips_per_s: str
-    """Median."""
-
-    wall_time: str
-    """In attempts."""
+    costs: tuple[Cell, ...]
+    """One for each column of the second."""
 
     attempts: tuple[str, ...]
     """How each ended."""
+
+
+class Column(NamedTuple):
+    """A number of a run in the table."""
+
+    heading: str
+    """Lines of it by line breaks."""
+
+    value: Callable[[RunRecord], float | None]
+    text: str | Callable[[RunRecord], str]
+    """The value's form, or how it is written otherwise."""
+
+    is_optional: bool = False
+    """Left out where no run has it."""
+
+
+SCORE_COLUMNS = (
+    Column("step", lambda run: run.last_step, lambda run: f"{run.last_step} / {run.config.trainer.max_steps}"),
+    Column(f"final loss\n(mean of last\n{FINAL_STEPS} steps)", lambda run: run.final_loss, ".4f"),
+    Column("val PSNR\nat start, dB", lambda run: run.at_start("val_psnr"), ".2f"),
+    Column("val PSNR\nat end, dB", lambda run: run.at_end("val_psnr"), ".2f"),
+    Column("gain, dB", lambda run: run.gain("val_psnr"), "+.2f"),
+    Column("of average,\ndB", lambda run: run.at_end("val_psnr_ema"), ".2f", is_optional=True),
+    Column("val SSIM", lambda run: run.at_end("val_ssim"), ".4f", is_optional=True),
+    Column("val VGG\ndistance", lambda run: run.at_end("val_lpips"), ".4f", is_optional=True),
+    Column("gain on the\ngeneral set, dB", lambda run: run.gain("general_psnr"), "+.2f", is_optional=True),
+)
+"""How good a run is."""
+
+COST_COLUMNS = (
+    Column("clips/s\n(median)", lambda run: run.clips_per_s, ".2f"),
+    Column(
+        "wall time",
+        lambda run: run.wall_time_s if run.attempts else None,
+        lambda run: written_duration(run.wall_time_s),
+    ),
+    Column("GPU-hours", lambda run: run.gpu_hours, ".3g"),
+    Column("GPU-hours\nper dB", lambda run: run.gpu_hours_per_db, ".3g"),
+)
+"""What it took."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ def write_report(experiment: ExperimentFolder, *, num_pictures: int = 3) -> Path
 
     Args:
         experiment: its folder, with at least one run in it.
-        num_pictures: validation clips to show before and after; 0 for a page without pictures.
+        num_pictures: validation clips to show before and after; 0 for a page without any frame of a video.
 
     Returns:
         The page, `experiment.report`.
@@ -137,26 +164,31 @@ def write_report(experiment: ExperimentFolder, *, num_pictures: int = 3) -> Path
     records = [read_run(folder) for folder in experiment.runs()]
     if not records:
         raise ConfigError(f"{experiment.path} holds no run: submit the experiment first, or check the name")
-    pictures = before_and_after(records, num_pictures, best_run(records))
+    evaluations = evaluations_of(experiment)
+    evidence = told_apart(records, evaluations.sets)
+    best = best_of(records, evidence)
+    pictures = before_and_after(records, num_pictures, best)
     # References in the place of letters beyond ASCII, so that no reader has to guess the encoding.
-    page = _render(experiment.name, records, pictures).encode("ascii", "xmlcharrefreplace").decode()
-    write_atomically(experiment.report, page)
+    page = _render(experiment.name, records, evaluations, best, pictures, num_pictures > 0)
+    write_atomically(experiment.report, page.encode("ascii", "xmlcharrefreplace").decode())
     return experiment.report
 
 
-def summary(records: Sequence[RunRecord], num_clips: int | None) -> str:
-    """The facts in a sentence: best run, its gain over the starting weights, over how many clips."""
-    best = best_run(records)
+def summary(records: Sequence[RunRecord], best: RunRecord | None, num_clips: int | None) -> str:
+    """What the runs' own validations tell: best run, its gain over the starting weights, over how many clips."""
     if best is None or best.last_validation is None:
         return "No run has been validated after training yet."
     chosen = ", ".join(_choices(best, differing_settings([settings_of(record.config) for record in records])))
-    start, end = best.psnr_at_start, best.last_validation.val_psnr
+    start, end = best.at_start("val_psnr"), best.at_end("val_psnr")
     assert end is not None, "a validation has a PSNR"
     sentence = f"Best run {best.name}{f' ({chosen})' if chosen else ''}: "
     sentence += f"{end:.2f} dB validation PSNR at step {best.last_validation.step}"
     if start is not None:
         direction = "above" if end >= start else "below"
         sentence += f", {abs(end - start):.2f} dB {direction} its starting weights ({start:.2f} dB)"
+    general = best.gain("general_psnr")
+    if general is not None:
+        sentence += f", {abs(general):.2f} dB {'above' if general >= 0 else 'below'} them on the general set"
     return sentence + ("." if num_clips is None else f", over {_counted(num_clips, 'validation clip')}.")
 
 
@@ -184,7 +216,14 @@ def written_duration(seconds: float) -> str:
     return f"{minutes} min {rest_s:02d} s" if minutes else f"{rest_s} s"
 
 
-def _render(name: str, records: Sequence[RunRecord], pictures: PictureRows) -> str:
+def _render(
+    name: str,
+    records: Sequence[RunRecord],
+    evaluations: Evaluations,
+    best: RunRecord | None,
+    pictures: PictureRows,
+    shows_frames: bool,
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -192,54 +231,82 @@ def _render(name: str, records: Sequence[RunRecord], pictures: PictureRows) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["png_url"] = _png_url
+    environment.filters |= {"png_url": _png_url, "file_url": lambda path: _png_url(path.read_bytes())}
     all_settings = [settings_of(record.config) for record in records]
     differing = differing_settings(all_settings)
-    best = best_run(records)
-    charts = (loss_curves(records), psnr_curves(records))
+    varied = {setting: [settings[setting] for settings in all_settings] for setting in differing}
+    scores = [
+        each for each in SCORE_COLUMNS if not each.is_optional or any(each.value(run) is not None for run in records)
+    ]
+    evidence = told_apart(records, evaluations.sets)
+    sentence = None if best is None else verdict(best, evidence)
+    of_validation = summary(records, best, num_validation_clips((best or records[0]).config))
+    charts = (loss_curves(records), psnr_curves(records), psnr_curves(records, "general_psnr"))
     return environment.get_template("page.html").render(
         name=name,
         written=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
         started=_started(records),
-        summary=summary(records, num_validation_clips((best or records[0]).config)),
+        summary=sentence or of_validation,
+        below_summary=of_validation if sentence else None,
         status_counts=Counter(record.status for record in records),
         num_runs=_counted(len(records), "run"),
         loss_curves=_trusted(charts[0]),
         psnr_curves=_trusted(charts[1]),
+        general_curves=_trusted(charts[2]),
+        setting_plots=[(setting, _trusted(plot)) for setting, plot in setting_plots(records, varied)],
         has_interruptions=any(record.interruptions for record in records),
         differing=differing,
         choices_of={record.name: _choices(record, differing) for record in records},
-        runs=[_run_row(index, record, differing, record is best) for index, record in enumerate(records)],
+        scores=[each.heading.split("\n") for each in scores],
+        costs=[each.heading.split("\n") for each in COST_COLUMNS],
+        runs=[_run_row(index, record, differing, scores, record is best) for index, record in enumerate(records)],
         goodput=[_goodput_row(record.name, record.goodput) for record in records if record.goodput.allocated_s > 0],
         spent=list(SPENT.values()),
-        final_steps=FINAL_STEPS,
         failures=[(record.name, record.failure) for record in records if record.failure],
         settings=[
             _setting_row(setting, [settings[setting] for settings in all_settings]) for setting in all_settings[0]
         ],
+        evaluations=[
+            evaluation_table(each, folder, each is evidence.own)
+            for each, folder in sorted(
+                zip(evaluations.sets, evaluations.folders, strict=True), key=lambda pair: pair[0] is not evidence.own
+            )
+        ],
+        unreadable=evaluations.unreadable,
+        shows_frames=shows_frames,
+        quarantines=[found for record in records if (found := quarantine_of(record)).num_videos],
+        origins=origins_of(records),
         pictures=pictures,
         version=__version__,
     )
 
 
-def _run_row(index: int, record: RunRecord, differing: Sequence[str], is_best: bool) -> RunRow:
+def _run_row(
+    index: int, record: RunRecord, differing: Sequence[str], scores: Sequence[Column], is_best: bool
+) -> RunRow:
     settings = settings_of(record.config)
-    start, end = record.psnr_at_start, record.psnr_at_end
     return RunRow(
         name=record.name,
         style=run_style(index),
-        choices=tuple(written_value(settings[name]) for name in differing),
+        choices=tuple(_choice(settings[name]) for name in differing),
         status=record.status,
         is_best=is_best,
-        step=f"{record.last_step} / {record.config.trainer.max_steps}",
-        final_loss=_number(record.final_loss, ".4f"),
-        psnr_start=_number(start, ".2f"),
-        psnr_end=_number(end, ".2f"),
-        gain=_number(None if start is None or end is None else end - start, "+.2f"),
-        clips_per_s=_number(record.clips_per_s, ".2f"),
-        wall_time=written_duration(record.wall_time_s) if record.attempts else NOTHING,
+        scores=tuple(_run_cell(record, column) for column in scores),
+        costs=tuple(_run_cell(record, column) for column in COST_COLUMNS),
         attempts=tuple(_written_attempt(attempt) for attempt in record.attempts),
     )
+
+
+def _run_cell(record: RunRecord, column: Column) -> Cell:
+    value = column.value(record)
+    if value is None or isinstance(column.text, str):
+        return Cell(_number(value, str(column.text)), value)
+    return Cell(column.text(record), value)
+
+
+def _choice(value: Any) -> Cell:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Cell(written_value(value), float(value) if is_number else None)
 
 
 def _goodput_row(name: str, goodput: Goodput) -> GoodputRow:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.data.pack import named_videos
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, write_mp4
+from cosmos_hpc.data.video_names import named_videos
 from cosmos_hpc.report.evaluate import compute_device
 from cosmos_hpc.tokenizer import Tokenizer
 

@@ -1,6 +1,7 @@
 """What a run folder tells: its settings, its attempts, and the numbers of every step."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from cosmos_hpc.data.dataset_index import split_sizes
 
 FINAL_STEPS = 10
 """Steps whose mean is called the final loss; a single step's loss is mostly the noise of its clips."""
+
+SCORES = ("val_", "general_")
+"""How the names of validation scores begin: on the run's own split val, and on the second, general set."""
 
 NOT_STARTED = "not started"
 """Stands for the status of a run that no supervisor has taken up."""
@@ -38,8 +42,13 @@ class StepRecord:
     clips_per_s: float | None
     """Clips over all ranks and second; none at step 0."""
 
-    val_psnr: float | None
-    """dB, where a validation followed the step."""
+    scores: Mapping[str, float]
+    """What a validation after the step found, by the names in the file: val_psnr, general_psnr, val_ssim_ema, ..."""
+
+    @property
+    def val_psnr(self) -> float | None:
+        """dB, where a validation followed the step."""
+        return self.scores.get("val_psnr")
 
 
 @dataclass(frozen=True)
@@ -86,19 +95,33 @@ class RunRecord:
         return [record for record in self.steps if record.val_psnr is not None]
 
     @property
-    def psnr_at_start(self) -> float | None:
-        """Validation PSNR of the starting weights in dB."""
-        return next((record.val_psnr for record in self.validations if record.step == 0), None)
-
-    @property
     def last_validation(self) -> StepRecord | None:
         """The newest validation of trained weights."""
         return next((record for record in reversed(self.validations) if record.step > 0), None)
 
+    def at_start(self, score: str) -> float | None:
+        """A validation score of the starting weights."""
+        return next((record.scores.get(score) for record in self.validations if record.step == 0), None)
+
+    def at_end(self, score: str) -> float | None:
+        """A validation score at the newest validation of trained weights."""
+        return self.last_validation.scores.get(score) if self.last_validation else None
+
+    def gain(self, score: str) -> float | None:
+        """How much a validation score has risen since the start."""
+        start, end = self.at_start(score), self.at_end(score)
+        return None if start is None or end is None else end - start
+
     @property
-    def psnr_at_end(self) -> float | None:
-        """Validation PSNR at the newest validation of trained weights, in dB."""
-        return self.last_validation.val_psnr if self.last_validation else None
+    def gpu_hours(self) -> float | None:
+        """Ranks times hours in attempts; none before the first."""
+        return self.config.trainer.world_size * self.wall_time_s / 3600 if self.attempts else None
+
+    @property
+    def gpu_hours_per_db(self) -> float | None:
+        """What a decibel of validation PSNR has cost; none where it has not risen."""
+        gain = self.gain("val_psnr")
+        return None if self.gpu_hours is None or gain is None or gain <= 0 else self.gpu_hours / gain
 
     @property
     def clips_per_s(self) -> float | None:
@@ -193,10 +216,10 @@ def num_validation_clips(config: RunConfig) -> int | None:
 
 def best_run(records: Sequence[RunRecord]) -> RunRecord | None:
     """The run with the highest validation PSNR at its newest validation; none before the first one."""
-    validated = [record for record in records if record.psnr_at_end is not None]
+    ends = [(record.at_end("val_psnr"), record) for record in records]
     # A diverged run has PSNR nan, which compares with nothing.
-    numbers = [record for record in validated if record.psnr_at_end == record.psnr_at_end]
-    return max(numbers, key=lambda record: record.psnr_at_end or 0.0, default=None)
+    numbers = [(end, record) for end, record in ends if end is not None and not math.isnan(end)]
+    return max(numbers, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def _step(line: str, place: str) -> StepRecord:
@@ -207,7 +230,7 @@ def _step(line: str, place: str) -> StepRecord:
             attempt=written["attempt"],
             loss=written.get("loss"),
             clips_per_s=written.get("clips_per_s"),
-            val_psnr=written.get("val_psnr"),
+            scores={name: value for name, value in written.items() if name.startswith(SCORES)},
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{place}: no line of metrics ({error!r}): cut the file before it, or delete it") from None

@@ -12,7 +12,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.tokenize.sources import decoded, look_into, opened, spread
+from cosmos_hpc.data.sources import decoded, look_into, opened, spread
 from cosmos_hpc.tokenizer import (
     ContinuousTokenizer,
     DiscreteTokenizer,

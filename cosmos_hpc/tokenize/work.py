@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.data.pack import MIB
+from cosmos_hpc.data.pack_shard import MIB
+from cosmos_hpc.data.sources import Video, decoded, find, look_into, opened
 from cosmos_hpc.tokenize.ledger import Ledger, Outcome, Settings
 from cosmos_hpc.tokenize.samples import (
     Sample,
@@ -22,7 +23,6 @@ from cosmos_hpc.tokenize.samples import (
     total_bytes,
     weights_sha256,
 )
-from cosmos_hpc.tokenize.sources import Video, decoded, find, look_into, opened
 from cosmos_hpc.tokenizer import EncodedVideo, Tokenizer, load_tokenizer
 from cosmos_hpc.tokenizer.inference import TILE_OVERLAP
 

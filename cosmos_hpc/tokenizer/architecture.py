@@ -42,6 +42,9 @@ class Architecture:
     patch_size: int = 4
     """Share of the compression, along each axis, that the Haar transform does."""
 
+    is_variational: bool = False
+    """CV in training: latents have a variance as well, which no export keeps."""
+
     upsamples_time_first: bool = False
     """The decoder doubles the frames from its deepest boundary on, as older releases did."""
 
@@ -61,6 +64,7 @@ class Architecture:
             temporal_compression=model.temporal_compression,
             spatial_compression=model.spatial_compression,
             channels=model.channels,
+            is_variational=model.formulation == "VAE",
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_hpc.tokenizer.architecture import LATENT_CHANNELS, NUM_DECODER_BLOCKS, NUM_LEVELS, Architecture
@@ -46,7 +45,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
-        return self.unpatcher3d(self.conv_out(F.silu(self.norm_out(x))))
+        return self.unpatcher3d(self.conv_out(self.norm_out(x, silu=True)))
 
 
 def _upsample(architecture: Architecture, level: int) -> nn.Module:

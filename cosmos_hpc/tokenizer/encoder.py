@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_hpc.tokenizer.architecture import LATENT_CHANNELS, NUM_ENCODER_BLOCKS, NUM_LEVELS, Architecture
@@ -43,7 +42,7 @@ class Encoder(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         """Clips [B, 3, T, H, W] in [-1, 1] to features [B, 16, T', H', W']."""
         x = self.mid(self.down(self.conv_in(self.patcher3d(clips))))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 def _downsample(architecture: Architecture, level: int) -> nn.Module:

@@ -4,7 +4,8 @@ Every tap of the filters is +a or -a, so a transform is sums and differences of 
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,39 @@ def synthesise_rounding(x: Tensor, tap: float) -> Tensor:
     return bands[0] * GAIN_PER_LEVEL
 
 
+def haar_matrix(size: int) -> Tensor:
+    """All levels without their scale, from the values of a block to its bands: [3 size^3, 3 size^3] of -1, 0 and 1."""
+    count = 3 * size**3
+    blocks = torch.eye(count).view(count, 3, size, size, size)
+    for _ in range(int(math.log2(size))):
+        blocks = analyse(blocks)
+    return blocks.flatten(1)
+
+
+def multiply_blocks(x: Tensor, matrix: Tensor, size: int) -> Tensor:
+    """The transform as one matrix product, which reads and writes a GPU's memory once.
+
+    Args:
+        x: [B, C, T, H, W], multiples of size.
+        matrix: [C size^3, D], from the values of a block to its bands.
+        size: of a block along each axis.
+
+    Returns:
+        [B, D, T / size, H / size, W / size], in B, T, H, W, C memory.
+    """
+    blocks = x.unflatten(4, (-1, size)).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    with torch.autocast(x.device.type, enabled=False):
+        return (blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4) @ matrix).permute(0, 4, 1, 2, 3)
+
+
+def multiply_bands(x: Tensor, matrix: Tensor, size: int) -> Tensor:
+    """The way back: bands [B, D, T, H, W] to [B, C, T size, H size, W size] by a matrix [D, C size^3]."""
+    with torch.autocast(x.device.type, enabled=False):
+        blocks = x.permute(0, 2, 3, 4, 1) @ matrix
+    blocks = blocks.unflatten(4, (-1, size, size, size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return blocks.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 def rounds_at_each_step(x: Tensor) -> bool:
     """Whether the network as a whole computes in bfloat16; under autocast the transform stays in float32."""
     return x.itemsize < 4 and not torch.is_autocast_enabled(x.device.type)
@@ -87,6 +121,12 @@ class HaarFilters(nn.Module):
         self.tap = TAP
         self.register_buffer("wavelets", torch.tensor([TAP, TAP]))
         self.register_buffer("_arange", torch.arange(2))
+        self.matrix = haar_matrix(patch_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.matrix = fn(self.matrix).float()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -116,10 +156,13 @@ class HaarPatcher(HaarFilters):
             for _ in range(self.num_levels):
                 patches = analyse_rounding(patches, self.tap)
         else:
+            scale = (self.tap**3 / GAIN_PER_LEVEL) ** self.num_levels
             patches = float32_or_better(patches)
+            if torch.is_autocast_enabled(clips.device.type):
+                return multiply_blocks(patches, self.matrix * scale, self.patch_size)
             for _ in range(self.num_levels):
                 patches = analyse(patches)
-            patches = patches * (self.tap**3 / GAIN_PER_LEVEL) ** self.num_levels
+            patches = patches * scale
         return patches.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -141,7 +184,11 @@ class HaarUnpatcher(HaarFilters):
             for _ in range(self.num_levels):
                 clips = synthesise_rounding(clips, self.tap)
             return clips[:, :, num_copies:]
+        scale = (self.tap**3 * GAIN_PER_LEVEL) ** self.num_levels
+        if torch.is_autocast_enabled(patches.device.type):
+            matrix = self.matrix.T * scale
+            return multiply_bands(float32_or_better(patches), matrix, self.patch_size)[:, :, num_copies:]
         clips = float32_or_better(patches).contiguous()
         for _ in range(self.num_levels):
             clips = synthesise(clips)
-        return clips[:, :, num_copies:] * (self.tap**3 * GAIN_PER_LEVEL) ** self.num_levels
+        return clips[:, :, num_copies:] * scale

@@ -7,6 +7,8 @@ which libraries know the memory order.) The parameters keep the released 5-D sha
 never called itself.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,26 @@ def repeat_first_frame(x: Tensor, count: int) -> Tensor:
     return torch.cat([x[:, :, :1]] * count + [x], 2)
 
 
+class _ChannelsLast(torch.autograd.Function):
+    """A weight as cuDNN wants it, and its gradient as the weight lies.
+
+    Left to autograd, cuDNN's gradient would be copied once more, when it is added to a weight of another memory order.
+    """
+
+    @staticmethod
+    def forward(_context: Any, weight: Tensor) -> Tensor:
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def kernel(weight: Tensor) -> Tensor:
+    """[C', C, kH, kW], in the memory order of the activations where that spares the GPU a copy."""
+    return _ChannelsLast.apply(weight) if weight.is_cuda and weight.requires_grad else weight
+
+
 class SpatialConv(nn.Module):
     """3x3 convolution of each frame by itself."""
 
@@ -38,8 +60,12 @@ class SpatialConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to [B, C', T, H', W']; H' = H and W' = W at stride 1 and padding 1."""
+        return self.convolve(x, self.conv3d.bias)
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias."""
         frames = channels_last(x).flatten(0, 1).permute(0, 3, 1, 2)
-        frames = F.conv2d(frames, self.conv3d.weight.squeeze(2), self.conv3d.bias, self.stride, self.padding)
+        frames = F.conv2d(frames, kernel(self.conv3d.weight.squeeze(2)), bias, self.stride, self.padding)
         return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
@@ -54,9 +80,13 @@ class TemporalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to [B, C', T', H, W]; T' = T at stride 1 and two front copies."""
+        return self.convolve(x, self.conv3d.bias)
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias."""
         x = repeat_first_frame(x, self.num_front_copies) if self.num_front_copies else x
         columns = channels_last(x).flatten(2, 3).permute(0, 3, 1, 2)
-        columns = F.conv2d(columns, self.conv3d.weight.squeeze(4), self.conv3d.bias, (self.stride, 1))
+        columns = F.conv2d(columns, kernel(self.conv3d.weight.squeeze(4)), bias, (self.stride, 1))
         return columns.unflatten(3, x.shape[3:])
 
 
@@ -78,11 +108,22 @@ class FactorizedConv(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(SpatialConv(in_channels, out_channels), TemporalConv(out_channels, out_channels))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] to [B, C', T, H, W].
 
-def frame_mean(x: Tensor) -> Tensor:
-    """Mean of each frame of [B, T, H, W, C] as [B, T, 1, 1, 1], in float32 or better."""
-    mean = x.flatten(2).mean(2, dtype=torch.float32 if x.itemsize < 4 else None)
-    return mean[:, :, None, None, None]
+        Under autocast the first bias goes through the second convolution by itself: copies of a frame stand before
+        the clip, so it adds the same to every frame, and no pass over the frames adds it or sums its gradient.
+        """
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        in_space, in_time = self
+        assert isinstance(in_space, SpatialConv), "for the type checker"
+        assert isinstance(in_time, TemporalConv), "for the type checker"
+        weight, own, first = in_time.conv3d.weight, in_time.conv3d.bias, in_space.conv3d.bias
+        assert own is not None, "for the type checker"
+        assert first is not None, "for the type checker"
+        bias = own + (weight.sum((2, 3, 4)) * first).sum(1)
+        return in_time.convolve(in_space.convolve(x, None), bias)
 
 
 class FrameNorm(nn.Module):
@@ -96,12 +137,61 @@ class FrameNorm(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(1, channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] to the same; the statistics of bfloat16 are taken in float32."""
-        x = channels_last(x)
-        centred = x - frame_mean(x)
-        scale = self.norm.weight * torch.rsqrt(frame_mean(centred.square()) + self.norm.eps)
-        return channels_second(torch.addcmul(self.norm.bias, centred, scale).type_as(x))
+    def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
+        """[B, C, T, H, W] to the same, through SiLU if asked; statistics of bfloat16 are taken in float32."""
+        frames = channels_last(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return channels_second(_Normalise.apply(frames, self.norm.weight, self.norm.bias, self.norm.eps, silu))
+        statistics = frame_statistics(frames, self.norm.eps)
+        return channels_second(normalised(frames, *statistics, self.norm.weight, self.norm.bias, silu).type_as(x))
+
+
+def frame_statistics(frames: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each frame of [B, T, H, W, C], as [B, T, 1, 1, 1] in float32 or better.
+
+    In one pass over bfloat16, whose own rounding is far above that of the difference of squares.
+    """
+    if frames.itemsize < 4:
+        wide = frames.float()
+        mean = wide.mean((2, 3, 4), keepdim=True)
+        variance = (wide.square().mean((2, 3, 4), keepdim=True) - mean.square()).clamp(min=0)
+    else:
+        mean = frames.mean((2, 3, 4), keepdim=True)
+        variance = (frames - mean).square().mean((2, 3, 4), keepdim=True)
+    return mean, torch.rsqrt(variance + eps)
+
+
+def normalised(frames: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+    """(frames - mean) x scale x weight + bias, perhaps through SiLU, in float32 or better."""
+    values = torch.addcmul(bias.to(mean.dtype), frames - mean, scale * weight)
+    return F.silu(values) if silu else values
+
+
+class _Normalise(torch.autograd.Function):
+    """`normalised` by the frames' own statistics. Its gradient takes one pass for all sums and one for the rest."""
+
+    @staticmethod
+    def forward(context: Any, frames: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+        mean, scale = frame_statistics(frames, eps)
+        context.save_for_backward(frames, mean, scale, weight, bias)
+        context.silu = silu
+        return normalised(frames, mean, scale, weight, bias, silu).type_as(frames)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        frames, mean, scale, weight, bias = context.saved_tensors
+        standard = (frames - mean) * scale
+        slope = gradient.to(mean.dtype)
+        if context.silu:
+            values = standard * weight + bias
+            gate = values.sigmoid()
+            slope = slope * gate * (1 + values * (1 - gate))
+        of_bias, of_weight = slope.sum((2, 3)), (slope * standard).sum((2, 3))  # [B, T, C]
+        size = frames[0, 0].numel()
+        shift, stretch = ((each * weight).sum(2)[:, :, None, None, None] / size for each in (of_bias, of_weight))
+        own = scale * (slope * weight - shift - standard * stretch)
+        totals = of_weight.sum((0, 1)).type_as(weight), of_bias.sum((0, 1)).type_as(bias)
+        return own.type_as(frames), *totals, None, None
 
 
 class ResidualBlock(nn.Module):
@@ -117,8 +207,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to [B, C', T, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.norm2(h, silu=True))
         return self.nin_shortcut(x) + h
 
 

@@ -46,10 +46,73 @@ def ssim(clips: Tensor, reconstructions: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
     """
+    pairs = zip(*_unit_frames(reconstructions, clips), strict=True)
+    return torch.stack([_frames_ssim(*pair).mean() for pair in pairs]).float()
+
+
+def psnr_inside(clips: Tensor, reconstructions: Tensor, inside: Tensor) -> Tensor:
+    """PSNR over what a mask counts: of each frame for itself, then the mean over the frames that it counts any of.
+
+    Args:
+        clips: [B, 3, T, H, W] in [-1, 1].
+        reconstructions: the same shape.
+        inside: bool [B, 1, T, H, W].
+
+    Returns:
+        [B] float32 in dB, at most 100; nan for a clip with nothing inside.
+    """
     check_same_shape(clips, reconstructions)
-    pairs = ((each.float().clamp(-1, 1) + 1) / 2 for each in (reconstructions, clips))
-    ours, theirs = (each.movedim(2, 1) for each in pairs)  # [B, T, 3, H, W]
-    return torch.stack([_frames_ssim(*pair).mean() for pair in zip(ours, theirs, strict=True)]).float()
+    error = ((clips.float().clamp(-1, 1) - reconstructions.float().clamp(-1, 1)) / 2).square().mean(1, keepdim=True)
+    count = inside.sum(dim=(1, 3, 4))
+    mse = (error * inside).sum(dim=(1, 3, 4)) / count  # nan for a frame without
+    return (-10 * torch.log10(mse.clamp(min=SMALLEST_ERROR))).nanmean(1)
+
+
+def ssim_inside(clips: Tensor, reconstructions: Tensor, inside: Tensor) -> Tensor:
+    """Structural similarity around the pixels that a mask counts, as `psnr_inside` takes its means.
+
+    Args:
+        clips: [B, 3, T, H, W] in [-1, 1], H and W at least 6.
+        reconstructions: the same shape.
+        inside: bool [B, 1, T, H, W].
+
+    Returns:
+        [B] float32; nan for a clip with nothing inside.
+    """
+    found = []
+    for own, clip, mask in zip(*_unit_frames(reconstructions, clips), inside.movedim(2, 1), strict=True):
+        maps = _ssim_maps(own, clip).mean(1, keepdim=True)
+        found.append(((maps * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))).nanmean())
+    return torch.stack(found).float()
+
+
+def flicker(clips: Tensor, reconstructions: Tensor) -> Tensor:
+    """How far the change from frame to frame is off: what an eye sees as flicker or jitter where all frames look good.
+
+    Args:
+        clips: [B, 3, T, H, W] in [-1, 1].
+        reconstructions: the same shape; values outside [-1, 1] are clamped.
+
+    Returns:
+        [B] float32: mean |(y[t+1] - y[t]) - (x[t+1] - x[t])| in [0, 2], both in [0, 1]; nan for a single frame.
+    """
+    return _jumps(clips, reconstructions).mean(1)
+
+
+def border_error(clips: Tensor, reconstructions: Tensor, window_frames: int) -> Tensor:
+    """How much more the change from frame to frame is off where a window of frames ends than it is inside windows.
+
+    Args:
+        clips: [B, 3, T, H, W] in [-1, 1].
+        reconstructions: the same shape, of windows that were encoded and decoded each by itself.
+        window_frames: frames of a window.
+
+    Returns:
+        [B] float32: `flicker` across the borders over that within windows; 1: no seam. nan for a single window.
+    """
+    jumps = _jumps(clips, reconstructions)
+    crosses = torch.arange(1, jumps.shape[1] + 1, device=jumps.device) % window_frames == 0
+    return jumps[:, crosses].mean(1) / jumps[:, ~crosses].mean(1).clamp(min=SMALLEST_ERROR)
 
 
 class CodeUse(NamedTuple):
@@ -73,6 +136,20 @@ def code_use(counts: Tensor) -> CodeUse:
     return CodeUse(float((counts > 0).double().mean()), float(entropy.exp()))
 
 
+def _jumps(clips: Tensor, reconstructions: Tensor) -> Tensor:
+    """Error of the change from each frame to the next: [B, T - 1]."""
+    check_same_shape(clips, reconstructions)
+    error = (reconstructions.float().clamp(-1, 1) - clips.float().clamp(-1, 1)) / 2
+    return error.diff(dim=2).abs().mean(dim=(1, 3, 4))
+
+
+def _unit_frames(reconstructions: Tensor, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [B, T, 3, H, W] in [0, 1]."""
+    check_same_shape(clips, reconstructions)
+    ours, theirs = ((each.float().clamp(-1, 1) + 1) / 2 for each in (reconstructions, clips))
+    return ours.movedim(2, 1), theirs.movedim(2, 1)
+
+
 def _frames_ssim(ours: Tensor, theirs: Tensor) -> Tensor:
     """Of each frame [T, 3, H, W] in [0, 1]: [T].
 
@@ -83,4 +160,15 @@ def _frames_ssim(ours: Tensor, theirs: Tensor) -> Tensor:
     found: Tensor = structural_similarity_index_measure(
         ours.double(), theirs.double(), data_range=1.0, reduction="none"
     )
+    return found
+
+
+def _ssim_maps(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of each pixel of frames [T, 3, H, W] in [0, 1]: the same shape."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, maps = structural_similarity_index_measure(
+        ours.double(), theirs.double(), data_range=1.0, reduction="none", return_full_image=True
+    )
+    found: Tensor = maps
     return found

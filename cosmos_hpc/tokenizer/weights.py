@@ -17,6 +17,9 @@ from cosmos_hpc.tokenizer.export import check_form, export, export_jit
 from cosmos_hpc.tokenizer.taps import own_tap
 from cosmos_hpc.tokenizer.weight_files import read_weights
 
+OF_TRAINING = "quant_conv_logvar."
+"""How the tensors begin that only training has: no file needs them, and they are left where the network has none."""
+
 __all__ = ["check_form", "dead_tensors", "export", "export_jit", "load_tokenizer", "load_weights"]
 
 
@@ -83,13 +86,18 @@ def dead_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, .
 
 def _load(tokenizer: ContinuousTokenizer | DiscreteTokenizer, tensors: Mapping[str, Tensor], source: Path) -> None:
     dead = dict(dead_tensors(tokenizer.architecture))
-    found = {name: tensor for name, tensor in tensors.items() if dead.get(name) != tuple(tensor.shape)}
     expected = tokenizer.state_dict()
+    found = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if dead.get(name) != tuple(tensor.shape) and (name in expected or not name.startswith(OF_TRAINING))
+    }
     constants = {name for name, _ in tokenizer.named_buffers()}
+    own = {name: tensor for name, tensor in expected.items() if name.startswith(OF_TRAINING)}
     shared = [name for name in expected if name in found]
     fitting = [name for name in shared if found[name].shape == expected[name].shape]
     problems = [
-        *_listed("lacks", [name for name in expected if name not in found and name not in constants]),
+        *_listed("lacks", [name for name in expected if name not in {**found, **own} and name not in constants]),
         *_listed("also has", [name for name in found if name not in expected]),
         *_listed(
             "has in another shape",
@@ -119,7 +127,7 @@ def _load(tokenizer: ContinuousTokenizer | DiscreteTokenizer, tensors: Mapping[s
             "Name the weights of that tokenizer, or set model.model and model.channels to what these belong to"
         )
     stored = found["post_quant_conv.conv3d.weight"].dtype
-    own = {
+    own |= {
         name: torch.full_like(expected[name], own_tap(stored)) if name.endswith(".wavelets") else expected[name]
         for name in constants
     }

@@ -18,6 +18,9 @@ class Agreed(NamedTuple):
     wants_save: bool
     """Whether a checkpoint is wanted after this step."""
 
+    wants_validation: bool
+    """Whether a validation is wanted after this step."""
+
     is_writing: bool
     """Whether a rank still writes the checkpoint before."""
 
@@ -32,22 +35,23 @@ class Agreement:
         self._groups = groups
         self._stop = stop
 
-    def start(self, *, wants_save: bool, is_writing: bool, busy_s: float) -> None:
+    def start(self, *, wants_save: bool, wants_validation: bool, is_writing: bool, busy_s: float) -> None:
         """Say how this rank stands. Collective.
 
         Args:
             wants_save: whether this rank's clock asks for a checkpoint.
+            wants_validation: whether it asks for a validation.
             is_writing: whether this rank still writes one.
             busy_s: seconds that its last step took without waiting for the others.
         """
         rank = self._groups.rank
-        self._values = torch.zeros(3 + rank.world_size, dtype=torch.float64)
-        self._values[:3] = torch.tensor([self._stop.code, wants_save, is_writing])
-        self._values[3 + rank.rank] = busy_s
+        own = torch.tensor([self._stop.code, wants_save, wants_validation, is_writing], dtype=torch.float64)
+        self._values = torch.cat([own, torch.zeros(rank.world_size, dtype=torch.float64)])
+        self._values[len(own) + rank.rank] = busy_s
         self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=self._groups.on_cpu, async_op=True)
 
     def read(self) -> Agreed:
         """What came out; waits for the slowest rank's `start`."""
         self._work.wait()
-        code, wants_save, is_writing, *busy_s = self._values.tolist()
-        return Agreed(OUTCOMES[int(code)], bool(wants_save), bool(is_writing), busy_s)
+        code, wants_save, wants_validation, is_writing, *busy_s = self._values.tolist()
+        return Agreed(OUTCOMES[int(code)], bool(wants_save), bool(wants_validation), bool(is_writing), busy_s)

@@ -1,11 +1,12 @@
 """A checkpoint is written while training goes on: a forked process holds the state as it was and puts it on disk."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ with lean_import():
 class Written(NamedTuple):
     """What the writer of one rank reports at its end."""
 
-    results: Any
-    """Megatron-Core's own account, which its last step wants back."""
+    results: list[Any]
+    """Megatron-Core's own account of what is where, for its table of contents."""
 
     error: str | None
     """Why the rank's part could not be written; none if it was."""
@@ -44,51 +45,44 @@ class BackgroundWrite:
             rank: this process.
         """
         staged = request.preload_fn() if request.preload_fn is not None else []
+        transforms = request.async_fn.args[0] if request.async_fn is not None else []
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_write, args=(request.async_fn, staged, extra, folder, rank, sender, os.getpid())
+            target=_write, args=(transforms, staged, extra, folder, rank, sender, os.getpid())
         )
         self._process.start()
         atexit.register(self._process.kill)  # a rank that fails is not to wait for what it can't publish
         sender.close()
-        self._request = request
 
     @property
     def is_running(self) -> bool:
         """Whether the writer has not reported yet."""
         return self._process.is_alive() and not self._receiver.poll()
 
-    def wait(self) -> str | None:
-        """Wait for the writer; why it failed, or none."""
+    def wait(self) -> Written:
+        """Wait for the writer, and what it reports."""
         try:
-            self._written: Written = self._receiver.recv()
+            written: Written = self._receiver.recv()
         except EOFError:
             self._process.join()
-            self._written = Written(None, f"the process that writes checkpoints ended with {self._process.exitcode}")
+            written = Written([], f"the process that writes checkpoints ended with {self._process.exitcode}")
         self._process.join()
         atexit.unregister(self._process.kill)
-        return self._written.error
-
-    def finalize(self) -> None:
-        """Let Megatron-Core write its table of contents. Collective, after every rank's `wait` was good."""
-        if self._request.async_fn is not None:
-            filesystem_async._results_queue.put(self._written.results)
-        for finalize in self._request.finalize_fns:
-            finalize()
+        return written
 
 
-def use_plain_queue() -> None:
-    """Let Megatron-Core take the writers' account from a queue in this process, where `finalize` puts it.
+def spawn_no_manager() -> None:
+    """Keep Megatron-Core from spawning a process for the writers' accounts, which come by a pipe here.
 
-    Left to itself it spawns a process for it that imports everything anew (5 s, 280 MB) and outlives a killed rank.
+    It imports everything anew (5 s, 280 MB) and outlives a killed rank.
     """
     filesystem_async._results_queue = queue.Queue()
 
 
 def _write(
-    write: Callable[..., None] | None,
-    staged: list[Any],
+    transforms: list[Any],
+    staged: Sequence[Any],
     extra: Callable[[], list[Path]],
     folder: Path,
     rank: int,
@@ -96,21 +90,41 @@ def _write(
     parent: int,
 ) -> None:
     die_with_parent(parent)
-    os.register_at_fork(after_in_child=partial(die_with_parent, None))  # Megatron-Core forks a process a file
+    gc.disable()  # it would clean up the GPU's tensors, which are the parent's
     torch.set_num_threads(1)  # the threads of the parent's pool are not here
-    account: queue.SimpleQueue[Any] = queue.SimpleQueue()
     try:
-        files = extra()
-        if write is not None:
-            write(rank, staged, account)
-        results = None if write is None else account.get_nowait()
-        if isinstance(results, Exception):
-            raise results
-        files += [Path(file_name) for file_name, _, _ in staged]
+        results = _write_tensors(transforms, staged)
+        files = [*extra(), *(Path(file_name) for file_name, _, _ in staged)]
         write_digests(folder, rank, {file.name: digest(file) for file in files})
         sender.send(Written(results, None))
     except Exception as error:  # the rank decides what follows
-        sender.send(Written(None, f"{type(error).__name__}: {error}"))
+        cause = _of_the_file_system(error)
+        sender.send(Written([], f"{type(cause).__name__}: {cause}"))
     finally:
         sender.close()
         os._exit(0)  # without the clean-up of what belongs to the parent
+
+
+def _write_tensors(transforms: list[Any], staged: Sequence[Any]) -> list[Any]:
+    """Write files as Megatron-Core does, but in threads: for a process of its own that dies it would wait for ever."""
+
+    def write(index: int, bucket: Any) -> list[Any]:
+        account: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        begun: queue.Queue[int] = queue.Queue()
+        begun.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, account, begun, True)
+        _, results = account.get_nowait()
+        if isinstance(results, Exception):
+            raise results
+        return list(results)
+
+    with ThreadPoolExecutor(max(1, len(staged))) as pool:
+        return [result for each in pool.map(write, range(len(staged)), staged) for result in each]
+
+
+def _of_the_file_system(error: BaseException) -> BaseException:
+    """What a full disk says, where torch.save says something else on top; the error itself where it was no disk's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return error if cause is None else cause

@@ -1,5 +1,6 @@
 """Checkpoints by Megatron-Core: written while training goes on, published by one rename, verified at each start."""
 
+import io
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -18,8 +20,17 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import RunFolder, read_json
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.training.background_write import BackgroundWrite, use_plain_queue
-from cosmos_hpc.training.checkpoint_files import BestBy, damage, publish, remove_unfinished, set_aside
+from cosmos_hpc.training.background_write import BackgroundWrite, spawn_no_manager
+from cosmos_hpc.training.checkpoint_files import (
+    BestBy,
+    damage,
+    fsync,
+    has_digests,
+    point_and_prune,
+    publish,
+    remove_unfinished,
+    set_aside,
+)
 from cosmos_hpc.training.lean_import import lean_import
 from cosmos_hpc.training.parallel import Groups, cuda_calls_on
 from cosmos_hpc.training.preemption import FileRequest
@@ -27,7 +38,9 @@ from cosmos_hpc.training.random_state import random_state, restore_random_state
 
 with lean_import():
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
         FullyParallelLoadStrategyWrapper,
         FullyParallelSaveStrategyWrapper,
@@ -59,6 +72,28 @@ class SaveError(OSError):
     """A checkpoint could not be written."""
 
 
+class _Saver(TorchDistSaveShardedStrategy):
+    """Megatron-Core's way to save, without the end of it: there rank 0 alone writes, and an error of it hangs all."""
+
+    def __init__(self) -> None:
+        # What is where in a checkpoint is worked out for the first saves only: the state's tensors stay the same.
+        super().__init__("torch_dist", 1, cached_metadata=True)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        self._writer, self._contents = writer, save_state_dict_ret[1]
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+    def write_contents(self, results: list[list[Any]], folder: Path) -> None:
+        """Write the table of contents; on rank 0.
+
+        Args:
+            results: the writers' accounts, by rank.
+            folder: unfinished checkpoint.
+        """
+        self._writer.finish(self._contents, results)
+        save_config(CheckpointingConfig(self.backend, self.version), str(folder))
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -79,14 +114,14 @@ class CheckpointStore:
         self.saved_step: int | None = None
         """Step of the newest published checkpoint."""
 
-        # What is where in a checkpoint is worked out for the first saves only: the state's tensors stay the same.
-        self._saver = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self._saver = _Saver()
+        self._strategy: Any = self._saver
         if groups.rank.world_size > 1:  # each rank writes a share of what all hold
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            self._saver = FullyParallelSaveStrategyWrapper(self._saver, group, do_cache_distribution=True)
+            self._strategy = FullyParallelSaveStrategyWrapper(self._saver, group, do_cache_distribution=True)
         self._is_first_save = True
         self._settings = to_yaml(config)
-        use_plain_queue()
+        spawn_no_manager()
         MultiStorageClientFeature.disable()  # a third of the time of a load, for files that are local anyway
 
     @property
@@ -152,17 +187,17 @@ class CheckpointStore:
             self._complain(f"{target} can't be written: {obstacle}", may_fail=may_fail)
             return
         own = self._groups.gather({"loader": state.loader.state(), "rng": random_state()})
-        with cuda_calls_on(self._groups.device):
+        with cuda_calls_on(self._groups.device), mock.patch.object(TorchCommonSaveStrategy, "save_common") as common:
             request = dist_checkpointing.save(
                 self._sharded(state, is_loading=False),
                 str(unfinished),
-                self._saver,
+                self._strategy,
                 validate_access_integrity=self._is_first_save,
                 async_sharded_save=True,
             )
             self._is_first_save = False
-            is_first = self._groups.rank.is_first
-            extra = partial(_write_ranks_file, unfinished / RANKS_FILE, own) if is_first else list
+            small = {RANKS_FILE: _packed(own), COMMON_STATE_FNAME: _packed(common.call_args.args[0])}
+            extra = partial(self._write_small_files, unfinished, small) if self._groups.rank.is_first else list
             self._write = BackgroundWrite(request, extra, unfinished, self._groups.rank.rank)
         self._target = target
         self._layout = {
@@ -200,23 +235,36 @@ class CheckpointStore:
         if self._write is None:
             return
         write, self._write = self._write, None
-        errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._groups.gather(write.wait())) if error]
+        written = self._groups.gather(write.wait())
+        errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(written) if each.error]
+        if not errors:
+            results = [each.results for each in written]
+            error = self._groups.from_first(self._publish(results) if self._groups.rank.is_first else None)
+            errors = [] if error is None else [error]
         if errors:
             if self._groups.rank.is_first:
                 self._remove_unfinished()
             self._complain(f"{self._target} could not be written: {errors[0]}", may_fail=may_fail)
             return
-        with cuda_calls_on(self._groups.device):
-            write.finalize()
-        if self._groups.rank.is_first:
-            unfinished = _unfinished(self._target)
-            self._folder.checkpoint_layout(unfinished).write_text(json.dumps(self._layout, indent=1))
-            publish(unfinished, self._target, self._config.checkpoint.keep, self._best_by)
-            self._removal = threading.Thread(target=remove_unfinished, args=[self._folder.checkpoints])
-            self._removal.start()
-            logger.info("saved %s", self._target)
-        self._groups.barrier()
         self.saved_step = self._layout["step"]
+
+    def _publish(self, results: list[list[Any]]) -> str | None:
+        """What rank 0 does once all have written their part; why it can't, or none."""
+        unfinished = _unfinished(self._target)
+        try:
+            self._saver.write_contents(results, unfinished)
+            self._folder.checkpoint_layout(unfinished).write_text(json.dumps(self._layout, indent=1))
+            publish(unfinished, self._target)
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        try:
+            point_and_prune(self._target, self._config.checkpoint.keep, self._best_by)
+        except OSError as error:
+            logger.warning("%s is saved, but those before it could not be tidied up: %s", self._target, error)
+        self._removal = threading.Thread(target=remove_unfinished, args=[self._folder.checkpoints])
+        self._removal.start()
+        logger.info("saved %s", self._target)
+        return None
 
     def load_newest(self, state: "TrainState", *, keeps_data_position: bool = False) -> dict[str, Any] | None:
         """Put the newest good checkpoint into the state; damaged ones are set aside. Collective.
@@ -263,10 +311,10 @@ class CheckpointStore:
             if source is None:
                 return None
             layout = _layout(self._folder.checkpoint_layout(source))
-            if layout is not None:
-                self._check(layout, source)
             found = "checkpoint.json can't be read" if layout is None else damage(source, rank.rank, rank.world_size)
             reasons = [reason for reason in self._groups.gather(found) if reason]
+            if layout is not None and not (reasons and has_digests(source)):  # what damage changed is not to be judged
+                self._check(layout, source)
             if not reasons and layout is not None:
                 return source, layout
             if rank.is_first:
@@ -325,6 +373,14 @@ class CheckpointStore:
         self._remove_unfinished()
         return f"No space left on device, {free >> 20} MiB are free and it takes {needed >> 20} MiB"
 
+    def _write_small_files(self, folder: Path, contents: dict[str, bytes]) -> list[Path]:
+        """Rank 0's part beside the tensors, in its writer; the lines of metrics.jsonl up to here are safe with it."""
+        if self._folder.metrics.exists():
+            fsync(self._folder.metrics)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        return [folder / name for name in contents]
+
     def _remove_unfinished(self) -> None:
         self._wait_for_removal()
         remove_unfinished(self._folder.checkpoints)
@@ -357,6 +413,8 @@ def _without_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
 
 
-def _write_ranks_file(path: Path, own: list[Any]) -> list[Path]:
-    torch.save(own, path)
-    return [path]
+def _packed(content: Any) -> bytes:
+    """As torch.save writes it; here, since a forked writer can't read what lies on a GPU."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()

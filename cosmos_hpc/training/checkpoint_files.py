@@ -56,16 +56,12 @@ class BestBy:
             return None
 
 
-def publish(unfinished: Path, target: Path, keep: int, best_by: BestBy) -> None:
-    """Give a checkpoint its name, after every file is on disk with its digest; take theirs from those beyond `keep`.
-
-    What has no name any more is left to `remove_unfinished`: a file of a gigabyte can take a second to go.
+def publish(unfinished: Path, target: Path) -> None:
+    """Give a checkpoint its name, after every file is on disk with its digest.
 
     Args:
         unfinished: its folder until now, beside `target`.
-        target: its name; a folder of that name is replaced.
-        keep: checkpoints left, newest first.
-        best_by: the best one by this is left as well.
+        target: its name.
     """
     known: dict[str, str] = {}
     for part in unfinished.glob(".digests_*.json"):
@@ -75,9 +71,20 @@ def publish(unfinished: Path, target: Path, keep: int, best_by: BestBy) -> None:
     (unfinished / DIGESTS).write_text(json.dumps(known | late, indent=1))
     fsync(unfinished / DIGESTS)
     fsync(unfinished)
-    if target.exists():
-        target.rename(target.with_name(f"{target.name}.partial.replaced"))
     unfinished.rename(target)
+    fsync(target.parent)
+
+
+def point_and_prune(target: Path, keep: int, best_by: BestBy) -> None:
+    """Let `latest` and `best` name their checkpoints, and take the names from those beyond `keep`.
+
+    What has no name any more is left to `remove_unfinished`: a file of a gigabyte can take a second to go.
+
+    Args:
+        target: the newest checkpoint.
+        keep: checkpoints left, newest first.
+        best_by: the best one by this is left as well.
+    """
     _point_at(target, "latest")
     best = best_by.best(target.parent)
     if best is not None:
@@ -86,6 +93,11 @@ def publish(unfinished: Path, target: Path, keep: int, best_by: BestBy) -> None:
     for old in sorted(target.parent.glob("step_????????"))[:-keep]:
         if best is None or old != best[0]:
             old.rename(old.with_name(f"{old.name}.partial"))  # a name means a whole checkpoint, on its way out as well
+
+
+def has_digests(checkpoint: Path) -> bool:
+    """Whether the files of a checkpoint can be told from damaged ones."""
+    return (checkpoint / DIGESTS).exists()
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:

@@ -22,8 +22,15 @@ class WeightAverage:
         """
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self._decay = decay
-        self._averages: list[Tensor] = list(self.module.parameters())
-        self._weights: list[Tensor] = list(module.parameters())
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        moving = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self._averages: list[Tensor] = [average for average, _ in moving]
+        self._weights: list[Tensor] = [weight for _, weight in moving]
+        self._move = _move_towards
+
+    def compile(self) -> None:
+        """Fuse an update into one pass over the weights."""
+        self._move = torch.compile(_move_towards, dynamic=False)
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
@@ -34,6 +41,11 @@ class WeightAverage:
             skipped: 1.0 where the update was left out, else 0.0, on the device: then the average stays as it is.
         """
         share = (1.0 - skipped) * (1.0 - min(self._decay, (1 + step) / (10 + step)))
-        differences = torch._foreach_sub(self._weights, self._averages)
-        torch._foreach_mul_(differences, share)
-        torch._foreach_add_(self._averages, differences)
+        self._move(self._averages, self._weights, share)
+
+
+def _move_towards(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
+    """Averages += share x (weights - averages), in place."""
+    differences = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(differences, share)
+    torch._foreach_add_(averages, differences)

@@ -1,6 +1,7 @@
 """Signs of life of a run, for the supervisor, `status` and the account of where time went."""
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -8,6 +9,8 @@ import time
 from typing import Any
 
 from cosmos_hpc.config.run_folder import RunFolder, write_atomically
+
+logger = logging.getLogger(__name__)
 
 EVERY_S = 5.0
 """Least seconds between two writes: a file system shared by thousands of runs feels each one."""
@@ -71,7 +74,7 @@ class Heartbeat:
         """Write the last one."""
         self._stopped.set()
         self._thread.join()
-        self._write()
+        self._try_to_write()
 
     def _account(self) -> None:
         """Charge the time since the last call to the phase."""
@@ -83,14 +86,23 @@ class Heartbeat:
 
     def _keep_writing(self) -> None:
         while True:
-            self._write()
+            self._try_to_write()
             if self._stopped.wait(EVERY_S):
                 return
 
-    def _write(self) -> None:
-        if self._written == self._beats:
+    def _try_to_write(self) -> None:
+        """A full disk for a while is not to end the signs of life: the run would be taken for a hang."""
+        beats = self._beats
+        if self._written == beats:
             return
-        self._written = self._beats
+        try:
+            self._write(beats)
+        except OSError as error:
+            logger.warning("%s can't be written: %s", self._folder.heartbeat, error)
+        else:
+            self._written = beats
+
+    def _write(self, beats: int) -> None:
         beat = {
             "time": time.time(),
             "pid": os.getpid(),
@@ -98,7 +110,7 @@ class Heartbeat:
             "attempt": self._attempt,
             "phase": self._phase,
             "step": self._step,
-            "beats": self._beats,
+            "beats": beats,
             "step_times_s": self._step_times_s,
             "resumed_step": self._resumed_step,
             "saved_step": self._saved_step,

@@ -92,14 +92,19 @@ def train(state: TrainState, run: Run) -> Outcome:
     run.telemetry.phase("first_step", state.step)
     while state.step < max_steps:
         checkpoints = run.checkpoints
-        run.agreement.start(wants_save=checkpoints.wants_save, is_writing=checkpoints.is_writing, busy_s=queue.busy_s)
+        run.agreement.start(
+            wants_save=checkpoints.wants_save,
+            wants_validation=run.validation.is_wanted,
+            is_writing=checkpoints.is_writing,
+            busy_s=queue.busy_s,
+        )
         queue.append(train_step(state, batches, run))
         agreed = run.agreement.read()
         checkpoints.advance(is_writing=agreed.is_writing)
         run.telemetry.note_step_times(agreed.busy_s, checkpoints.saved_step)
         leaves = agreed.stop is not None or state.step == max_steps
         saves = leaves or agreed.wants_save or checkpoints.is_due(state.step)
-        validates = run.validation.is_due(state.step)
+        validates = agreed.wants_validation or run.validation.is_due(state.step)
         if _settle(state, run, queue, everything=saves or validates, validates=validates) is Verdict.ROLL_BACK:
             _roll_back(state, run, queue)
             continue
@@ -178,7 +183,9 @@ def _validate(state: TrainState, run: Run) -> tuple[ValidationScores, float]:
     started = time.perf_counter()
     run.telemetry.phase("validate", state.step)
     average = state.average.module if state.average is not None and state.step > 0 else None
-    return run.validation.run(state.module, run.telemetry.tick, average), time.perf_counter() - started
+    scores = run.validation.run(state.module, run.telemetry.tick, average)
+    run.telemetry.show(run.validation.pictures)
+    return scores, time.perf_counter() - started
 
 
 def _save(state: TrainState, run: Run, *, leaves: bool) -> None:

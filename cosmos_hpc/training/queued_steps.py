@@ -1,5 +1,6 @@
 """Steps that the device may still be at: the host reads a step's numbers when the next one is queued behind it."""
 
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -133,4 +134,12 @@ class StepQueue:
                 clips_per_s=step.num_clips / step_time_s,
                 consumed_samples=step.consumed_samples,
                 skipped=bool(skipped),
+                memory_gib=_most_memory_gib(),
             )
+
+
+def _most_memory_gib() -> float:
+    """What torch held of the GPU at most, as it counts on the host; on a CPU, what this process held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,16 +1,16 @@
-"""What a run tells: metrics.jsonl, the heartbeat, log lines, wandb. All ranks call, rank 0 writes."""
+"""What a run tells: metrics.jsonl, the heartbeat, log lines, a bar, tracking. All ranks call, rank 0 writes."""
 
 import json
 import logging
 import math
-import os
-from functools import partial
 from typing import Any, NamedTuple, TextIO
 
 from cosmos_hpc.config.run_folder import RunFolder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.training.heartbeat import Heartbeat
+from cosmos_hpc.training.live_bar import LiveBar
+from cosmos_hpc.training.tracking import Tracker, start_tracking
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,24 @@ class ValidationScores(NamedTuple):
     val_lpips_ema: float | None = None
     """Difference of VGG16's features of the averaged weights."""
 
+    general_psnr: float | None = None
+    """Like those of val, of the clips of data.general_path, where that is set: what is forgotten shows here."""
+
+    general_ssim: float | None = None
+    """Structural similarity."""
+
+    general_lpips: float | None = None
+    """Difference of VGG16's features."""
+
+    general_psnr_ema: float | None = None
+    """Of the averaged weights."""
+
+    general_ssim_ema: float | None = None
+    """Of the averaged weights."""
+
+    general_lpips_ema: float | None = None
+    """Of the averaged weights."""
+
     def written(self) -> dict[str, float]:
         """Those that there are, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
@@ -49,7 +67,8 @@ class ValidationScores(NamedTuple):
     def told(self) -> str:
         """PSNR, as log lines say it."""
         average = "" if self.val_psnr_ema is None else f", of the average {self.val_psnr_ema:.2f} dB"
-        return f"validation PSNR {self.val_psnr:.2f} dB{average}"
+        general = "" if self.general_psnr is None else f", on general video {self.general_psnr:.2f} dB"
+        return f"validation PSNR {self.val_psnr:.2f} dB{average}{general}"
 
 
 class StepMetrics(NamedTuple):
@@ -115,6 +134,9 @@ class StepMetrics(NamedTuple):
     validation: ValidationScores | None = None
     """On steps with a validation; each score stands in the line by its own name."""
 
+    memory_gib: float | None = None
+    """Most memory that rank 0 held so far: of the GPU where there is one, else of its process."""
+
     validation_time_s: float | None = None
     """Seconds that the validation after this step took."""
 
@@ -129,12 +151,14 @@ class Telemetry:
         self._is_first = rank.is_first
         self._file: TextIO | None = None
         self._heartbeat = Heartbeat(folder, attempt) if rank.is_first else None
-        self._wandb = _start_wandb(config, folder) if rank.is_first else None
+        self._tracker: Tracker | None = None
+        self._bar: LiveBar | None = None
+        self._pictures: Any = None
 
     @property
     def wandb_id(self) -> str | None:
         """The run's name at wandb, where it is tracked there."""
-        return None if self._wandb is None else str(self._wandb.id)
+        return None if self._tracker is None else self._tracker.id
 
     @property
     def metrics_bytes(self) -> int:
@@ -142,14 +166,19 @@ class Telemetry:
         return 0 if self._file is None else self._folder.metrics.stat().st_size
 
     def resume_at(self, step: int, metrics_bytes: int) -> None:
-        """Open metrics.jsonl for the steps after `step`.
+        """Open metrics.jsonl for the steps after `step`, and tracking with it.
 
         What lies behind `metrics_bytes` is trained again: it goes to the attempt's logs.
         """
-        if self._heartbeat is not None:
-            self._heartbeat.resume_at(step)
-            self._cut(metrics_bytes)
-            self._file = self._folder.metrics.open("a", encoding="utf-8")
+        if self._heartbeat is None:
+            return
+        is_start = self._file is None
+        self._heartbeat.resume_at(step)
+        self._cut(metrics_bytes)
+        self._file = self._folder.metrics.open("a", encoding="utf-8")
+        if is_start:
+            self._tracker = start_tracking(self._config, self._folder)
+            self._bar = LiveBar.on_terminal(self._folder.label, self._config.trainer.max_steps)
 
     def roll_back_to(self, step: int, metrics_bytes: int) -> None:
         """Go on behind an earlier step, in the same attempt."""
@@ -176,6 +205,14 @@ class Telemetry:
         """Where this attempt began, what it saved, and where its time went, on rank 0."""
         return {} if self._heartbeat is None else self._heartbeat.facts(saved_step)
 
+    def show(self, pictures: Any) -> None:
+        """Have pictures go along with the next line, where `wandb.log_media` lets them.
+
+        Args:
+            pictures: uint8 [H, W, 3] on the CPU, or none.
+        """
+        self._pictures = pictures if self._config.wandb.log_media else None
+
     def log_start(self, scores: ValidationScores) -> None:
         """Note how good the network is before step 1."""
         if self._is_first:
@@ -191,6 +228,8 @@ class Telemetry:
         line = {**metrics._replace(validation=None)._asdict(), **scores}
         known = {name: value for name, value in line.items() if value is not None and value is not False}
         self._write({name: value for name, value in known.items() if math.isfinite(value)})  # JSON knows no NaN
+        if self._bar is not None:
+            self._bar.show(metrics)
         if metrics.skipped:
             logger.warning("step %d: loss or gradient is not finite, the update is left out", metrics.step)
         is_last = metrics.step == self._config.trainer.max_steps
@@ -203,8 +242,10 @@ class Telemetry:
             self._heartbeat.close()
         if self._file:
             self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        if self._bar is not None:
+            self._bar.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def _cut(self, length: int) -> None:
         """Keep the first bytes of metrics.jsonl, and the rest as this attempt's find."""
@@ -220,8 +261,9 @@ class Telemetry:
         assert self._file is not None, "resume_at comes first"
         self._file.write(json.dumps({**line, "attempt": self._attempt}) + "\n")
         self._file.flush()
-        if self._wandb:
-            self._wandb.log(line, step=line["step"])
+        if self._tracker is not None:
+            self._tracker.log(line, self._pictures)
+            self._pictures = None
 
 
 def _step_line(metrics: StepMetrics, max_steps: int) -> str:
@@ -231,24 +273,5 @@ def _step_line(metrics: StepMetrics, max_steps: int) -> str:
     return (
         f"step {metrics.step}/{max_steps}: loss {metrics.loss:.4f}, grad norm {metrics.grad_norm:.3f}, "
         f"lr {metrics.lr:.2e}, {metrics.clips_per_s:.2f} clips/s, data wait {wait:.0f} %, "
-        f"{left_min:.1f} min left{validation}"
+        f"{metrics.memory_gib or 0:.1f} GiB, {left_min:.1f} min left{validation}"
     )
-
-
-def _start_wandb(config: RunConfig, folder: RunFolder) -> Any:
-    """A wandb run under the folder's name, or none where tracking is disabled. Without a network it stays offline."""
-    mode, key = config.wandb.mode, os.environ.get(config.wandb.api_key_env)
-    if mode == "disabled" or (mode == "auto" and not key):
-        return None
-    import wandb  # half a second and 60 MB: only where it is used
-
-    if key:
-        os.environ["WANDB_API_KEY"] = key
-    name = folder.label.replace("/", "-")
-    start = partial(wandb.init, project=config.wandb.project, entity=config.wandb.entity, id=name, dir=folder.path)
-    if mode != "offline":
-        try:
-            return start(mode="online", resume="allow")
-        except wandb.errors.CommError as error:
-            logger.warning("wandb can't be reached (%s): metrics are kept offline in %s/wandb", error, folder.path)
-    return start(mode="offline")

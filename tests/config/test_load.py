@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.load import load_experiment, read_run_config, resolve, to_yaml
+from cosmos_hpc.config.load import find_shipped, load_experiment, read_run_config, resolve, to_yaml
 
 JOB = """\
 name: roads
@@ -56,6 +56,13 @@ def test_unknown_override_names_the_nearest_known_one(job, override, words):
     message = refusal(job, override)
     assert words in message
     assert message.startswith(f"command line: {override.partition('=')[0].split('.')[0]}")
+
+
+def test_a_setting_that_would_do_harm_is_refused_with_the_reason(job):
+    assert refusal(job, "optim.overlap_param_gather=true") == (
+        "command line: optim.overlap_param_gather is refused, since the average of the weights and validation would "
+        "read weights not yet gathered: leave it out"
+    )
 
 
 def test_unknown_key_in_a_file_names_the_file_and_the_nearest_known_one(job):
@@ -134,3 +141,21 @@ def test_settings_written_to_yaml_read_back_equal(job, tmp_path):
     written = tmp_path / "config.yaml"
     written.write_text(to_yaml(run))
     assert read_run_config(written) == run
+
+
+def test_an_experiment_without_a_cluster_goes_to_slurm_where_there_is_sbatch(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert resolve(load_experiment(None), {}).cluster.executor == "local"
+    (tmp_path / "sbatch").touch(0o755)
+    assert resolve(load_experiment(None), {}).cluster.executor == "slurm"
+    assert resolve(load_experiment(None, ["cluster=local"]), {}).cluster.executor == "local"
+    quickstart = load_experiment(find_shipped("jobs/quickstart.yaml"))
+    assert resolve(quickstart, {}).cluster.executor == "local", "it says so"
+
+
+def test_one_name_to_come_after_needs_no_brackets(tmp_path):
+    job = tmp_path / "job.yaml"
+    job.write_text("after: pack_roads\n")
+    assert list(resolve(load_experiment(job), {}).after) == ["pack_roads"]
+    assert list(resolve(load_experiment(job, ["after=1234"]), {}).after) == ["1234"]
+    assert list(resolve(load_experiment(job, ["after=[a, b]"]), {}).after) == ["a", "b"]

@@ -44,6 +44,8 @@ def data_config(dataset):
             "micro_batch_size": 2,
             "num_workers": 0,
             "shuffle_buffer_size": 4,
+            "clips_per_decode": 1,
+            "clip_start": "any",
         }
         return DataConfig(**settings | changes)
 

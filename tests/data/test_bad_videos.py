@@ -21,8 +21,9 @@ from small_videos import NUM_TRAIN, pictures, video_of
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data import decoding
-from cosmos_hpc.data.clips import Fault, decode_chosen_clip
+from cosmos_hpc.data.clips import Fault
 from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
+from cosmos_hpc.data.packets import scanned
 from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.video_file import write_mp4
 
@@ -149,13 +150,13 @@ def harmful(monkeypatch, tmp_path):
     def make(source: Path, harm: Callable[[], None]) -> Path:
         num_bytes = source.stat().st_size
 
-        def decode(path: str, *arguments):
+        def harmful_scan(path: str):
             if Path(path).stat().st_size == num_bytes:
                 tries.open("a").write(".")
                 harm()
-            return decode_chosen_clip(path, *arguments)
+            return scanned(path)
 
-        monkeypatch.setattr(decoding, "decode_chosen_clip", decode)
+        monkeypatch.setattr(decoding, "scanned", harmful_scan)
         return tries
 
     return make

@@ -1,5 +1,6 @@
 """The loader repeats itself, sees every video, and outlives bad ones and signals to the rank."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -288,3 +289,28 @@ def test_close_ends_the_workers_soon(data_config, train_loader):
     loader.close()
     assert time.monotonic() - started < 4
     assert gone(list(workers), within_s=1)
+
+
+def test_cameras_of_a_sample_take_turns_over_the_passes(data_config, train_loader, videos, tmp_path):
+    """Each drive is seen by two cameras; even videos are front, odd ones rear."""
+    from webdataset import TarWriter
+
+    for part, drives in (("train", range(0, 8, 2)), ("val", range(8, 12, 2))):
+        (tmp_path / part).mkdir()
+        with TarWriter(str(tmp_path / part / "a.tar"), encoder=False) as writer:
+            for number in drives:
+                files = {
+                    f"{camera}.mp4": next(videos.glob(f"*/{video:02d}.mp4")).read_bytes()
+                    for camera, video in (("front", number), ("rear", number + 1))
+                }
+                writer.write({"__key__": f"drive{number}", **files})
+    (tmp_path / ".nv-meta").mkdir()
+    crude = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    (tmp_path / ".nv-meta/dataset.yaml").write_text(crude)
+    prepare(tmp_path, num_workers=1)
+    loader = train_loader(data_config(path=str(tmp_path), micro_batch_size=1, shuffle_buffer_size=1))
+    seen = [video_of(batch[0]) for batch in take(loader, 16)]
+    passes = [set(seen[start : start + 4]) for start in range(0, 16, 4)]
+    assert all({video // 2 for video in each} == {0, 1, 2, 3} for each in passes)
+    assert Counter(seen) == dict.fromkeys(range(8), 2)
+    assert all(not one & other for one, other in itertools.pairwise(passes))

@@ -1,10 +1,12 @@
 """A position in the data is exact: what comes behind it is what an unbroken run gives, on any number of ranks."""
 
+import itertools
 import pickle
 import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +18,7 @@ from small_videos import NUM_TRAIN, start_of, video_of
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
@@ -144,6 +147,65 @@ def test_position_is_known_when_the_workers_are_gone(data_config, train_loader):
     assert equal(pieces + take(resumed, 3), take(unbroken, 6))
 
 
+# several clips of a decode
+
+
+def several(data_config, **changes):
+    return data_config(clips_per_decode=3, clip_buffer_size=7, **changes)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupted_run_gives_the_clips_of_an_unbroken_one_where_a_video_gives_several(
+    data_config, train_loader, num_workers
+):
+    config = several(data_config, num_workers=num_workers)
+    unbroken = take(train_loader(config), 20)
+    pieces: list[torch.Tensor] = []
+    state = None
+    for count in (1, 4, 0, 7, 2, 6):
+        loader = train_loader(config)
+        if state is not None:
+            loader.restore([pickle.loads(state)])
+        pieces += take(loader, count)
+        state = pickle.dumps(loader.state())
+        loader.close()
+    assert equal(pieces, unbroken)
+
+
+def test_resume_decodes_what_waits_once_again_and_nothing_else(data_config, train_loader, monkeypatch):
+    config = several(data_config, micro_batch_size=1)
+    loader = train_loader(config)
+    take(loader, 40)
+    state = loader.state()
+    decoded: list[int] = []
+    clips = ClipDecoder.clips
+
+    def counted(self, raw, kind, seed, num_clips=1):
+        decoded.append(seed)
+        return clips(self, raw, kind, seed, num_clips)
+
+    monkeypatch.setattr(ClipDecoder, "clips", counted)
+    following = take(loader, 30)
+    unbroken, decoded = decoded[:], []
+    resumed = train_loader(config)
+    resumed.restore([state])
+    assert equal(take(resumed, 30), following)
+    assert len(set(unbroken)) == len(unbroken) == 10
+    assert len(set(decoded)) == len(decoded)
+    assert 0 < len(set(decoded) - set(unbroken)) <= 7  # those of which a clip waited
+
+
+def test_every_pass_has_as_many_clips_of_every_video_as_a_decode_gives(data_config, train_loader):
+    config = several(data_config, micro_batch_size=1, shuffle_buffer_size=1)
+    clips = [batch[0] for batch in take(train_loader(config), 4 * 3 * NUM_TRAIN)]
+    seen = Counter(video_of(clip) for clip in clips)
+    assert sum(max(0, 4 * 3 - seen[video]) for video in range(NUM_TRAIN)) <= 7  # as many may wait
+    neighbours = sum(video_of(one) == video_of(other) for one, other in itertools.pairwise(clips))
+    assert neighbours < len(clips) / 3  # apart: two thirds of all pairs would be of one video otherwise
+    keys = {(video_of(clip), start_of(clip), clip[2, 0, 0, 0].item()) for clip in clips}
+    assert len(keys) > len(clips) * 0.8
+
+
 # other ranks
 
 
@@ -197,15 +259,16 @@ def by_stream(clips: list[torch.Tensor]) -> list[list[torch.Tensor]]:
 PHASES = [(4, 5, 1, None), (2, 7, 1, None), (1, 9, 2, None), (1, 0, 1, None), (4, 4, 3, 0), (2, 3, 1, 2)]
 
 
-@pytest.mark.parametrize("shuffle_buffer_size", [1, 4])
+@pytest.mark.parametrize(("shuffle_buffer_size", "clips_per_decode"), [(1, 1), (4, 3)])
 def test_changing_ranks_consume_what_is_left_of_each_stream_once_a_pass(
-    data_config, train_loader, tmp_path, shuffle_buffer_size
+    data_config, train_loader, tmp_path, shuffle_buffer_size, clips_per_decode
 ):
     """4 -> 2 -> 1 -> 4 -> 2 ranks in processes of their own, with batches of 1, 2 and 3 and counts that don't divide.
 
     Each stream's clips must be those of a run that never stopped: same videos, same starts, same crops.
     """
     clips: list[torch.Tensor] = []
+    data_config = partial(data_config, clips_per_decode=clips_per_decode, clip_buffer_size=7)
     for world_size, num_batches, micro, num_workers in PHASES:
         layout = {"num_streams": 4} if num_workers is None else {"num_workers": num_workers}
         config = data_config(shuffle_buffer_size=shuffle_buffer_size, micro_batch_size=micro, **layout)
@@ -262,6 +325,7 @@ STREAMS = "set data.num_streams to 6 and trainer.devices x trainer.num_nodes to 
         ({"num_workers": 1}, rf"\(num_streams 6 -> 1\): {STREAMS}"),
         ({"num_streams": 8}, rf"\(num_streams 6 -> 8\): {STREAMS}"),
         ({"world_size": 4, "num_streams": 6}, rf"\(num_streams 6 -> 4\): {STREAMS}"),
+        ({"clips_per_decode": 2}, r"\(clips_per_decode 1 -> 2\): set data.clips_per_decode to 1"),
         ({"shuffle_buffer_size": 5}, r"\(shuffle_buffer_size 4 -> 5\): set data.shuffle_buffer_size to 4"),
         ({"seed": 8}, r"\(seed 7 -> 8\): set trainer.seed to 7"),
     ],

@@ -1,17 +1,21 @@
 """One call makes a dataset that Energon reads, or refuses what would fail later; a second one changes nothing."""
 
+import itertools
+import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from small_videos import NUM_TRAIN, NUM_VAL
 
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.data import shard_check
 from cosmos_hpc.data.dataset_index import split_shards
 from cosmos_hpc.data.pack import pack
-from cosmos_hpc.data.prepare import prepare
+from cosmos_hpc.data.prepare import check, prepare
 
 
 @pytest.fixture
@@ -197,3 +201,105 @@ def test_dataset_yaml_that_energon_refuses_is_named(shards):
 def test_terminal_stays_clean(shards, capfd):
     prepare(shards, num_workers=2)
     assert capfd.readouterr() == ("", "")
+
+
+# splits
+
+
+def grouped(videos: Path, out: Path, pattern: str) -> None:
+    pack([videos / "train"], out, max_clips_per_shard=2, group_by=pattern)
+
+
+def test_shards_that_share_a_group_stay_on_one_side(videos, tmp_path):
+    grouped(videos, tmp_path, r"/0([0-5])\.mp4|/0([6-9])\.mp4")
+    assert prepare(tmp_path, split=(3, 2, 0), num_workers=1) == {"train": 6, "val": 4, "test": 0}
+    shutil.rmtree(tmp_path / ".pack")
+    for name in ("videos.jsonl", "left_out.jsonl"):
+        (tmp_path / name).unlink()
+    for tar in tmp_path.glob("*.tar"):
+        tar.unlink()
+    grouped(videos, tmp_path, "0[2-9]|0[01]|1")  # each video a group of its own
+    lines = (tmp_path / "videos.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries[3:]:
+        entry["group"] = "one drive"  # from the second shard on
+    (tmp_path / "videos.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert prepare(tmp_path, split=(1, 1, 0), num_workers=1) == {"train": 2, "val": 8, "test": 0}
+    with pytest.raises(ConfigError, match=r"5 shards, which share groups so that they make 2 part\(s\).*test would be"):
+        prepare(tmp_path, split=(1, 1, 1), num_workers=1)
+
+
+def test_group_on_both_sides_of_folders_is_refused(videos, tmp_path):
+    for part in ("train", "val"):
+        pack([videos / part], tmp_path / part, group_by="videos")
+    with pytest.raises(ConfigError, match="videos of the group videos are in train and in val"):
+        prepare(tmp_path, num_workers=1)
+
+
+def test_shuffled_tars_are_another_split_and_always_the_same(shards):
+    prepare(shards, split=(1, 1, 1), num_workers=1)
+    by_name = split_shards(shards)
+    prepare(shards, split=(1, 1, 1), shuffle_tars=True, num_workers=1)
+    shuffled = split_shards(shards)
+    assert shuffled != by_name
+    assert sorted(itertools.chain(*shuffled.values())) == sorted(itertools.chain(*by_name.values()))
+    prepare(shards, split=(1, 1, 1), shuffle_tars=True, num_workers=1)
+    assert split_shards(shards) == shuffled
+
+
+def test_fewer_samples_than_ranks_times_workers_are_refused(shards):
+    with pytest.raises(ConfigError, match="holds 8 training samples, but 9 ranks x workers need at least one each"):
+        prepare(shards, num_streams=9, num_workers=1)
+    assert prepare(shards, num_streams=8, num_workers=1)["train"] == 8
+
+
+def test_folder_that_is_not_packed_to_its_end_is_refused(shards):
+    (shards / ".pack/000004.json").unlink()
+    with pytest.raises(ConfigError, match="1 shards are not packed yet: the same `cosmos-hpc pack` goes on"):
+        prepare(shards, num_workers=1)
+
+
+# again, and checked
+
+
+def test_killed_prepare_does_not_look_twice_into_a_shard(shards, monkeypatch):
+    looked: list[str] = []
+    look_into = shard_check.look_into
+
+    def stop_at_the_third(root: Path, name: str):
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        looked.append(name)
+        return look_into(root, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_check, "look_into", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(shards, num_workers=1)
+    monkeypatch.setattr(shard_check, "look_into", lambda root, name: looked.append(name) or look_into(root, name))
+    os.utime(shards / "shard-000001.tar")  # changed since
+    assert prepare(shards, num_workers=1)["train"] == 8
+    assert Counter(looked) == {f"shard-{n:06d}.tar": 2 if n == 1 else 1 for n in range(5)}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_check_finds_what_is_not_as_indexed(shards, num_workers):
+    prepare(shards, num_workers=1)
+    before = snapshot(shards)
+    assert check(shards, num_workers=num_workers) == {"train": 8, "val": 2, "test": 0}
+    assert snapshot(shards) == before
+    cut, swapped = shards / "shard-000001.tar", shards / "shard-000003.tar"
+    os.truncate(cut, cut.stat().st_size - 2 * tarfile.RECORDSIZE // 3)
+    shutil.copy(shards / "shard-000000.tar", swapped)
+    with swapped.open("r+b") as file:
+        file.write(bytes(700))  # a header that is none
+    with pytest.raises(ConfigError, match=r"2 of 5 shards are not as indexed: shard-000001\.tar is damaged.*-000003"):
+        check(shards, num_workers=num_workers)
+    cut.unlink()
+    with pytest.raises(ConfigError, match=r"lacks 1 indexed shards, shard-000001\.tar for one"):
+        check(shards)
+
+
+def test_check_without_an_index_says_so(shards):
+    with pytest.raises(ConfigError, match="has no Energon index"):
+        check(shards)

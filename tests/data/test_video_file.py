@@ -3,10 +3,11 @@
 import av
 import numpy as np
 import pytest
-from small_videos import pictures
+from small_videos import film, pictures
 
-from cosmos_hpc.data.clips import decode_clip
-from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, write_mp4
+from cosmos_hpc.data.choosing import ClipKind
+from cosmos_hpc.data.decoding import ClipDecoder
+from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, read_middle, write_mp4
 
 
 def test_written_video_tells_its_size_rate_and_codec(tmp_path):
@@ -68,7 +69,9 @@ def test_video_filmed_sideways_is_read_upright_as_in_training(tmp_path, matrix, 
         at = raw.index(b"tkhd") + 44 + 4 * place
         raw[at : at + 4] = (value << 16).to_bytes(4, "big", signed=True)
     (tmp_path / "b.mp4").write_bytes(raw)
-    for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), decode_clip(bytes(raw), 0, 3), strict=True):
+    height, width = next(read_frames(tmp_path / "b.mp4")).shape[:2]
+    (clip,) = ClipDecoder(60.0).clips(bytes(raw), ClipKind(3, height, width), None)
+    for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), clip.permute(1, 2, 3, 0).numpy(), strict=True):
         assert np.array_equal(frame, in_training)
         assert np.abs(np.rot90(picture, num_turns).astype(int) - frame).mean() < 5
 
@@ -92,3 +95,18 @@ def test_damage_and_a_change_of_size_on_the_way_are_told(tmp_path):
     (tmp_path / "b.h264").write_bytes(b"".join(streams))
     with pytest.raises(ValueError, match=r"b\.h264 changes from 64 x 48 pixels to another size"):
         list(read_frames(tmp_path / "b.h264"))
+
+
+@pytest.mark.parametrize("name", ["bikes.mp4", "bigbuckbunny.mp4"])
+def test_middle_frames_are_those_of_the_whole_video(name):
+    num_frames = probe(film(name)).frames
+    start, frames = read_middle(film(name), 5)
+    assert start == (num_frames - 5) // 2
+    assert np.array_equal(frames, np.stack(list(read_frames(film(name), start, start + 5))))
+
+
+def test_video_shorter_than_its_middle_is_refused(tmp_path):
+    write_mp4(tmp_path / "short.mp4", pictures(0, 3), fps=25)
+    assert read_middle(tmp_path / "short.mp4", 3).start == 0
+    with pytest.raises(ValueError, match="has 3 frames, 4 are needed"):
+        read_middle(tmp_path / "short.mp4", 4)

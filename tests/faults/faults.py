@@ -17,10 +17,10 @@ from forked_run import start_supervisor
 from planned_death import POINTS
 
 from cosmos_hpc.config.run_folder import RunFolder, read_json
-from cosmos_hpc.config.run_state import RunState, Status
-from cosmos_hpc.launch.local import children
+from cosmos_hpc.config.run_state import Ending, RunState, Status
+from cosmos_hpc.launch.local import children, is_alive
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 
 class Victim:
@@ -66,6 +66,17 @@ class Victim:
         state = RunState.read(self.folder.state)
         return None if state is None else state.status
 
+    @property
+    def said(self) -> str:
+        """All that the supervisors said so far."""
+        return self.plan.with_suffix(".log").read_text()
+
+    def ending(self, attempt: int) -> Ending | None:
+        """How an attempt ended, as the supervisor says."""
+        state = RunState.read(self.folder.state)
+        assert state is not None
+        return next(record.outcome for record in state.attempts if record.attempt == attempt)
+
     def ranks(self) -> list[int]:
         """Processes of the ranks, by rank."""
         return [rank for launcher in children(self.supervisor.pid or 0) for rank in children(launcher)]
@@ -77,8 +88,7 @@ class Victim:
             if time.monotonic() > deadline:
                 logs = sorted(self.folder.path.glob("logs/*/*.log"))[-3:]
                 tails = "\n".join(f"{log}:\n{log.read_text()[-1500:]}" for log in logs)
-                log = self.folder.path.parent / "supervisor.log"
-                raise AssertionError(f"never came: {what}; {self.status}\n{log.read_text()[-1500:]}\n{tails}")
+                raise AssertionError(f"never came: {what}; {self.status}\n{self.said[-1500:]}\n{tails}")
             time.sleep(0.01)
 
     def wait_for_steps(self, count: int) -> int:
@@ -118,17 +128,27 @@ def _beat(folder: RunFolder) -> dict[str, object]:
 
 
 def sigterm(victim: Victim) -> None:
-    """Preemption; twice, as SLURM does."""
+    """Preemption, told again and again, before, during and after the save."""
+    ranks = victim.ranks()
     os.kill(victim.supervisor.pid, signal.SIGTERM)
-    time.sleep(0.05)
-    for rank in victim.ranks():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank, signal.SIGTERM)
+    while any(is_alive(rank) for rank in ranks):
+        time.sleep(0.05)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGTERM)
 
 
 def sigusr2(victim: Victim) -> None:
     """The time limit is near."""
     os.kill(victim.supervisor.pid, signal.SIGUSR2)
+
+
+def run_out_of_grace(victim: Victim) -> None:
+    """Preemption, and a kill before the save that it asked for is whole."""
+    point = victim.random.choice(("write", "before rename"))
+    victim.plan.write_text(json.dumps({"rank": 0, "at": point}))
+    os.kill(victim.supervisor.pid, signal.SIGTERM)
+    victim.wait_until(lambda: not victim.plan.exists(), f"death at {point}")
 
 
 def kill_one_rank(victim: Victim) -> None:
@@ -169,24 +189,29 @@ def kill_at_a_point(point: str) -> Callable[[Victim], None]:
 
 
 def fill_the_disk(victim: Victim) -> None:
-    """To the last byte, for as long as it takes until the run notices; then there is room again."""
-    ballast, attempt = victim.disk / "ballast", victim.attempt
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(2**20))
-    victim.wait_until(lambda: not victim.ranks() or victim.attempt > attempt, "an end by the full disk")
+    """To the last byte, and again where the run makes room, until the supervisor says so; then there is room again."""
+    ballast, told = victim.disk / "ballast", victim.said.count("disk full")
+
+    def is_noticed() -> bool:
+        with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
+            while victim.ranks():
+                file.write(bytes(2**20))
+        return victim.said.count("disk full") > told
+
+    victim.wait_until(is_noticed, "an end by the full disk")
     ballast.unlink()
 
 
 def spoil_the_newest_checkpoint(victim: Victim) -> None:
-    """A bit flips in a file, or it is cut short, while nothing runs: each file's turn comes."""
+    """A bit flips in a file, or it is cut short, while nothing runs: each file's turn comes for both."""
     victim.wait_until(lambda: len(_checkpoints(victim)) > 1, "two checkpoints")
     victim.kill_all()
     newest = _checkpoints(victim)[-1]
     files = sorted(newest.iterdir())
-    file = files[len(victim.spoilt) % len(files)]
+    turn, is_cut = divmod(len(victim.spoilt), 2)
+    file = files[turn % len(files)]
     content = bytearray(file.read_bytes())
-    if len(victim.spoilt) % 2:
+    if is_cut:
         del content[len(content) // 2 :]
     else:
         content[victim.random.randrange(len(content))] ^= 1 << victim.random.randrange(8)
@@ -225,8 +250,8 @@ class Fault:
     """One kind of misfortune."""
 
     strike: Callable[[Victim], None]
-    is_new_attempt: bool = True
-    """Whether a later attempt follows, which is waited for."""
+    ending: Ending | None
+    """How the supervisor has to class the end of the attempt, after which the next one follows; none: it goes on."""
 
     @property
     def name(self) -> str:
@@ -235,18 +260,18 @@ class Fault:
 
 
 CLASSES = [
-    [Fault(sigterm)],
-    [Fault(sigusr2)],
-    [Fault(kill_one_rank), Fault(kill_all_ranks)],
-    [Fault(kill_the_supervisor)],
-    [Fault(freeze_one_rank)],
-    [Fault(kill_at_a_point(point)) for point in POINTS],
-    [Fault(fill_the_disk)],
-    [Fault(spoil_the_newest_checkpoint)],
+    [Fault(sigterm, Ending.PREEMPTED), Fault(run_out_of_grace, Ending.KILLED)],
+    [Fault(sigusr2, Ending.TIME_LIMIT)],
+    [Fault(kill_one_rank, Ending.KILLED), Fault(kill_all_ranks, Ending.KILLED)],
+    [Fault(kill_the_supervisor, Ending.SUPERVISOR_KILLED)],
+    [Fault(freeze_one_rank, Ending.HANG)],
+    [Fault(kill_at_a_point(point), Ending.KILLED) for point in POINTS],
+    [Fault(fill_the_disk, Ending.DISK_FULL)],
+    [Fault(spoil_the_newest_checkpoint, Ending.SUPERVISOR_KILLED)],
 ]
 """Of each class one in the shortest run; a longer one goes through them again and again."""
 
-ONCE = [Fault(make_the_folder_read_only, is_new_attempt=False), Fault(make_the_clock_jump)]
+ONCE = [Fault(make_the_folder_read_only, None), Fault(make_the_clock_jump, Ending.KILLED)]
 """Rare and slow: once each in a longer run."""
 
 

@@ -28,7 +28,7 @@ def start_supervisor(folder: Path, plan: Path) -> multiprocessing.process.BasePr
 
     Args:
         folder: the run.
-        plan: where a death of a rank may be planned.
+        plan: where a death of a rank may be planned; beside it, with the suffix .log, is what the supervisor says.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["preloaded"])
@@ -44,7 +44,7 @@ def _supervise(folder: Path, plan: Path, environment: dict[str, str]) -> None:
     os.setsid()
     attempt.start_step = ForkedLauncher
     planned_death.PLAN = plan
-    with folder.parent.joinpath("supervisor.log").open("a") as log:
+    with plan.with_suffix(".log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     Supervisor(folder)()

@@ -18,7 +18,9 @@ POINTS = ("start-up", "validation", "write", "before rename", "after rename", "p
 
 def prepare(rank: int) -> None:
     """Let this rank look at the plan at each of the points."""
-    from cosmos_hpc.training import background_write, checkpoint, checkpoint_files, validation
+    from cosmos_hpc.training import background_write, checkpoint, checkpoint_files, heartbeat, validation
+
+    heartbeat.EVERY_S = 1.0  # a hang is to be noticed soon
 
     def at(point: str, function: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +42,7 @@ def prepare(rank: int) -> None:
     removing = shutil.rmtree
 
     def remove(path: Path, *args: Any, **kwargs: Any) -> None:
-        if "partial" in Path(path).name and any(Path(path).glob("*")):
+        if "partial" in Path(path).name and PLAN.exists() and any(Path(path).glob("*")):
             next(Path(path).glob("*")).unlink()  # half gone
             _die_if_planned(rank, "pruning")
         removing(path, *args, **kwargs)

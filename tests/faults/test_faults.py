@@ -6,27 +6,31 @@
 import json
 import os
 import random
+import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from faults import Victim, choose, small_disk
+from faults import LIMIT_S, Victim, choose, small_disk
 from forked_run import start_supervisor
 
 from cosmos_hpc.config.load import load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
-from cosmos_hpc.config.run_state import AttemptRecord, RunState, Status
+from cosmos_hpc.config.run_state import AttemptRecord, Ending, RunState, Status
 from cosmos_hpc.config.sweep import expand
 from cosmos_hpc.launch.placement import lay_out
+from cosmos_hpc.launch.status import run_status
 from cosmos_hpc.tokenizer import load_tokenizer
 
 COUNT = int(os.environ.get("COSMOS_HPC_FAULTS", "8"))
-STEPS = 7 * COUNT
+STEPS = 4 * COUNT + 24
 DISK_MIB = 96
 
 
-def laid_out(root: Path, dataset: Path) -> RunFolder:
-    """A run of two ranks, ready for its supervisor."""
+def laid_out(root: Path, dataset: Path, *overrides: str) -> RunFolder:
+    """A run of two ranks, ready for its supervisor; laid out again with other overrides, it is the same run."""
+    root.mkdir(exist_ok=True)
     job = root / "faults.yaml"
     job.write_text(
         f"""\
@@ -40,10 +44,10 @@ checkpoint: {{every_n_steps: 3}}
 cluster:
   executor: local
   restarts: {{backoff_s: 0.01, lost_ranks: 9, killed: 9, hang: 9, disk_full: 9, code_fault: 9, supervisor_killed: 9}}
-  hang: {{first_limit_s: 20, least_limit_s: 6}}
+  hang: {{first_limit_s: 20, least_limit_s: 15}}
 """
     )
-    ((run,),) = ([planned.config for planned in expand(load_experiment(job, []))],)
+    (run,) = (planned.config for planned in expand(load_experiment(job, overrides)))
     experiment = ExperimentFolder(root / "runs" / run.name)
     (folder,) = experiment.place([run])
     lay_out(run, folder)
@@ -65,29 +69,35 @@ def steps_lost(attempts: list[AttemptRecord]) -> int:
     return lost
 
 
+@pytest.fixture(autouse=True)
+def path_of_the_fork_server(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="the full disk is a file system of its own, which only root can mount")
-def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path, dataset, monkeypatch):
-    monkeypatch.setenv(
-        "PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
-    )  # of the fork server
+def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path, dataset):
     unbroken = laid_out(tmp_path, dataset)
     supervisor = start_supervisor(unbroken.path, tmp_path / "no plan")
     generator, wait_s = random.Random(1), []
     with small_disk(tmp_path / "disk", DISK_MIB) as disk:
         struck = laid_out(disk, dataset)
-        supervisor.join()
         victim = Victim(struck, disk, generator)
         try:
             for fault in choose(COUNT, generator):
                 attempt = victim.wait_for_steps(generator.randint(1, 3))
                 began = time.monotonic()
                 fault.strike(victim)
-                if fault.is_new_attempt:
+                if fault.ending is not None:
                     victim.wait_for_recovery(attempt)
+                    assert victim.ending(attempt) is fault.ending, (fault.name, victim.said[-2000:])
+                if fault.ending is Ending.TIME_LIMIT:
+                    assert "exitcode" not in struck.launcher_log(attempt).read_text(), "a rank did not exit 0"
                 wait_s.append(time.monotonic() - began)
                 print(f"{fault.name} at step {victim.step}: trains again after {wait_s[-1]:.1f} s", flush=True)
             victim.supervisor.join()
+            supervisor.join()
         finally:
+            supervisor.kill()
             victim.supervisor.kill()
         state = RunState.read(struck.state)
         lost = steps_lost(state.attempts)
@@ -102,3 +112,59 @@ def test_a_run_that_is_struck_again_and_again_ends_as_the_unbroken_one(tmp_path,
             assert all(
                 value.equal(weights[name]) for name, value in load_tokenizer(struck.path, ema=ema).state_dict().items()
             )
+
+
+def test_a_run_goes_on_with_one_rank_and_then_with_two_again(tmp_path, dataset):
+    def start(number_of_ranks: int) -> BaseProcess:
+        settings = ["trainer.max_steps=12", "data.num_streams=2", f"trainer.devices={number_of_ranks}"]
+        assert laid_out(tmp_path, dataset, *settings) == folder
+        return start_supervisor(folder.path, tmp_path / "plan")
+
+    def stop_at(step: int) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while len(metrics(folder) if folder.metrics.exists() else []) <= step:
+            assert time.monotonic() < deadline, (tmp_path / "plan.log").read_text()
+            time.sleep(0.01)
+        folder.cancel_mark.touch()
+        os.kill(supervisor.pid, signal.SIGTERM)
+        supervisor.join()
+        folder.cancel_mark.unlink()
+
+    unbroken = laid_out(tmp_path / "unbroken", dataset, "trainer.max_steps=12", "data.num_streams=2")
+    start_supervisor(unbroken.path, tmp_path / "no plan").join()
+    folder = laid_out(tmp_path, dataset, "trainer.max_steps=12", "data.num_streams=2")
+    supervisor = start(2)
+    stop_at(2)
+    supervisor = start(1)
+    stop_at(metrics(folder)[-1]["step"] + 2)
+    supervisor = start(2)
+    supervisor.join()
+    state = RunState.read(folder.state)
+    assert [attempt.outcome for attempt in state.attempts] == ["cancelled", "cancelled", "finished"]
+    expected, got = metrics(unbroken), metrics(folder)
+    assert [line["step"] for line in got] == list(range(13))
+    assert [line.get("consumed_samples") for line in got] == [line.get("consumed_samples") for line in expected]
+    assert [line["loss"] for line in got[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=1e-3)
+
+
+def told(folder: RunFolder, plan: Path) -> str:
+    start_supervisor(folder.path, plan).join()
+    status = run_status(folder)
+    assert status.status == "failed"
+    return status.message
+
+
+def test_a_fault_of_one_rank_is_told_with_that_ranks_words(tmp_path, dataset):
+    message = told(laid_out(tmp_path, dataset, "data.num_frames=25"), tmp_path / "plan")  # the films have 17
+    assert "data.num_frames" in message
+    assert "rank_" in message
+    assert "gloo" not in message
+
+
+def test_a_run_that_can_not_start_is_failed_with_the_reason(tmp_path, dataset):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "autoencoder.jit").write_bytes(b"no weights at all")
+    folder = laid_out(tmp_path, dataset, f"model.jit_ckpt_pth={weights}")
+    assert str(weights) in told(folder, tmp_path / "plan")
+    assert folder.newest_checkpoint() is None

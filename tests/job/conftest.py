@@ -18,7 +18,16 @@ from cosmos_hpc.launch.step import start_step
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def folder(tmp_path: Path) -> RunFolder:
+    """Of the run whose ranks are doubles."""
+    run = RunFolder(tmp_path / "runs" / "doubles" / "000-0123abcd")
+    run.path.mkdir(parents=True)
+    run.experiment.max_parallel.write_text("1")
+    return run
+
+
+@pytest.fixture
+def start(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Start a supervisor over doubles.
 
     Takes one script for each attempt, changes of the cluster's settings, and what starts the first attempt in place of
@@ -28,9 +37,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(hang_module, "QUIET_S", 0.3)
     monkeypatch.setattr(hang_module, "STACKS_S", 3.0)
     monkeypatch.delenv("SUBMITIT_LOCAL_JOB_ID", raising=False)
-    folder = RunFolder(tmp_path / "runs" / "doubles" / "000-0123abcd")
-    folder.path.mkdir(parents=True)
-    folder.experiment.max_parallel.write_text("1")
 
     def begin(*scripts: Script, first_launcher: Callable[..., Any] | None = None, **cluster: Any) -> Play:
         restarts = RestartConfig(**{"backoff_s": 0.05, **cluster.pop("restarts", {})})
@@ -45,7 +51,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         def start_doubles(command: list[str], environment: dict[str, str], output: Any) -> Any:
             if first_launcher is not None and command[-1] == "0":
                 return first_launcher(command, environment, output)
-            played = [sys.executable, "-S", str(double), str(folder.path), command[-1], json.dumps(scripts)]
+            run_folder = command[command.index("--run-folder") + 1]
+            played = [sys.executable, "-S", str(double), run_folder, command[-1], json.dumps(scripts)]
             return start_step(played, environment, output)
 
         monkeypatch.setattr(attempt_module, "start_step", start_doubles)

@@ -8,6 +8,7 @@ import pytest
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import Ending
+from cosmos_hpc.job import ends
 from cosmos_hpc.job.ends import Diagnosis, diagnose, kind_of
 
 GLOO = "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:4"
@@ -146,3 +147,11 @@ def test_a_crash_without_a_word_is_told_by_its_signal(tmp_path: Path) -> None:
 
 def test_exit_code_2_is_the_users_error(tmp_path: Path) -> None:
     assert left(tmp_path, 2).ending is Ending.USER_ERROR
+
+
+def test_an_end_without_a_word_on_a_full_disk_is_the_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "is_full", lambda _: True)
+    assert left(tmp_path / "lost", 1, rank_1=GLOO).ending is Ending.DISK_FULL
+    assert left(tmp_path / "silent", 1).ending is Ending.DISK_FULL
+    assert left(tmp_path / "told", 1, rank_0="ValueError: 3 is no frame\n").ending is Ending.CODE_FAULT
+    assert left(tmp_path / "killed", -9).ending is Ending.KILLED

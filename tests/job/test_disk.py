@@ -1,5 +1,6 @@
 """Whether there is room, on a real small file system where one can be mounted."""
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.job.disk import has_room
+from cosmos_hpc.job.disk import has_room, is_full
 
 MIB = 2**20
 
@@ -33,6 +34,12 @@ def test_room_is_what_the_newest_checkpoint_takes_without_what_a_failed_save_lef
     assert folder.unfinished_checkpoints() == []
     (small_disk / "other").write_bytes(bytes(7 * MIB))
     assert not has_room(folder), "4 MiB are left for 5"
+    assert not is_full(folder)
+    with contextlib.suppress(OSError), (small_disk / "rest").open("wb", buffering=0) as rest:
+        while True:
+            rest.write(bytes(MIB))
+    assert is_full(folder)
+    (small_disk / "rest").unlink()
     (small_disk / "other").unlink()
     assert has_room(folder)
     assert list(small_disk.iterdir()) == [folder.checkpoints], "the probe is gone"

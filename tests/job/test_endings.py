@@ -1,6 +1,7 @@
 """What the supervisor makes of each end of the ranks; they are doubles, and once the launcher is torch's own."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from play import SOON, Play, Start
+from play import SOON, Play, Script, Start
 
+import cosmos_hpc.job.hang as hang_module
 import cosmos_hpc.job.supervisor as supervisor_module
-from cosmos_hpc.config.run_state import Status
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.run_state import Ending, Status
 from cosmos_hpc.launch.step import start_step
 
 DONE = [[["save", 9], ["end", "finished", 9]], []]
@@ -133,6 +136,49 @@ def test_ranks_that_never_say_anything_hang_in_the_start(start: Start) -> None:
     assert "raise cluster.hang.first_limit_s" in play.state.attempts[0].message
 
 
+def test_a_hang_is_seen_in_every_phase_and_tried_again(start: Start) -> None:
+    phases = ["start", "first_step", "train", "validate", "save", "leave"]
+    numbered = enumerate(phases, 1)
+    stuck = [[[["save", step], ["beat", "start", 0], ["beat", phase, 3], ["sleep", 60]]] for step, phase in numbered]
+    play = start(*stuck, DONE[:1], hang=SOON, restarts={"hang": len(phases)})
+    assert play.end() == 0
+    assert play.outcomes == ["hang"] * len(phases) + ["finished"]
+    for phase, record in zip(phases, play.state.attempts, strict=False):
+        assert f"in phase {phase} " in record.message
+
+
+def test_patience_that_hangs_have_cost_is_forgotten_with_a_new_checkpoint(start: Start) -> None:
+    def stuck(step: int) -> Script:
+        return [[["stacks"], ["beat", "start", 0], ["save", step], ["beat", "train", step], ["sleep", 60]]]
+
+    play = start(stuck(1), stuck(1), stuck(2), stuck(3), DONE[:1], hang=SOON, restarts={"hang": 4})
+    assert play.end() == 0
+    assert play.outcomes == ["hang"] * 4 + ["finished"]
+    waited = [float(re.search(r"for (\d+) s in phase train", record.message)[1]) for record in play.state.attempts[:4]]
+    assert waited[0] < waited[1] < waited[2] > waited[3]  # 1, 2, 4 and 2 s; the third left a new checkpoint
+
+
+PY_SPY = """#!/bin/sh
+echo "native stacks: $*"
+exec sleep 60
+"""
+
+
+def test_py_spy_adds_native_stacks_where_it_is_installed_and_may_hang_itself(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "py-spy"
+    tool.write_text(PY_SPY)
+    tool.chmod(0o755)
+    monkeypatch.setattr(hang_module, "PY_SPY_S", 0.5)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    play = start([[["stacks"], ["beat", "train", 3], ["sleep", 60]]], DONE[:1], hang=SOON)
+    assert play.end() == 0
+    assert play.outcomes == ["hang", "finished"]
+    assert "native stacks: dump --nonblocking --pid " in play.folder.launcher_log(0).read_text()
+
+
 def test_a_full_disk_is_waited_for(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = tmp_path / "room"
     monkeypatch.setattr(supervisor_module, "has_room", lambda _: room.exists())
@@ -181,6 +227,37 @@ def test_goodput_of_a_run_with_a_fault_adds_up(start: Start) -> None:
         parts = spent.productive_s + spent.startup_s + spent.data_s + spent.validation_s + spent.checkpoint_s
         assert spent.allocated_s == pytest.approx(parts + spent.lost_s + spent.backoff_s + spent.silence_s)
     assert play.state.goodput.share == pytest.approx(0.3 / (before.allocated_s + after.allocated_s))
+
+
+def test_runs_of_an_experiment_share_the_places_that_max_parallel_gives(start: Start, folder: RunFolder) -> None:
+    other = RunFolder(folder.path.with_name("001-4567cdef"))
+    other.path.mkdir()
+    first = start([[["sleep", 1.0], ["end", "finished", 9]]])
+    other.config.write_text(folder.config.read_text())
+    second = Play(other)
+    assert (first.end(), second.end()) == (0, 0)
+    spans = sorted((record.started, record.ended) for play in (first, second) for record in play.state.attempts)
+    assert len(spans) == 2
+    assert spans[0][1] <= spans[1][0]
+
+
+def test_the_wait_for_nodes_is_told_apart_from_what_was_allocated(start: Start, folder: RunFolder) -> None:
+    folder.pending_mark.write_text("7")
+    os.utime(folder.pending_mark, (time.time() - 500, time.time() - 500))  # sent so long ago
+    play = start([[["end", "preempted", 3]]], DONE[:1])
+    assert play.end() == 0
+    first, second = (record.goodput for record in play.state.attempts)
+    assert 500 <= first.queue_s < 560
+    assert second.queue_s == 0, "on the same nodes nothing waits in a queue"
+    assert first.allocated_s < 60
+    state = play.state  # requeued, and back after so long
+    state.status, state.attempts[-1].outcome = Status.WAITING, Ending.PREEMPTED
+    state.attempts[-1].ended -= 300
+    state.write(folder.state)
+    again = Play(folder)
+    assert again.end() == 0
+    assert 300 <= again.state.attempts[-1].goodput.queue_s < 360
+    assert again.state.goodput.queue_s > 800
 
 
 BIN = """#!/bin/sh

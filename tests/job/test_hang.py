@@ -29,7 +29,7 @@ def hear(vigil: Vigil, clock: Clock, phase: str, beats: int, after_s: float) -> 
 
 def test_each_phase_has_a_generous_limit_until_it_was_left_and_then_a_learned_one() -> None:
     clock = Clock()
-    vigil = Vigil(LIMITS, {}, clock)
+    vigil = Vigil(LIMITS, {}, clock=clock)
     hear(vigil, clock, "start", 1, 30.0)
     hear(vigil, clock, "start", 2, 20.0)
     assert vigil.limit_s == 1000.0, "the start may still be in for a longer silence"
@@ -44,17 +44,18 @@ def test_each_phase_has_a_generous_limit_until_it_was_left_and_then_a_learned_on
     assert vigil.limit_s == 200.0
 
 
-def test_a_hang_doubles_the_limit_of_its_phase() -> None:
-    learned: dict[str, float] = {}
-    for expected_s in (1000.0, 2000.0, 4000.0):
-        vigil = Vigil(LIMITS, learned, Clock())
-        assert vigil.limit_s == expected_s
-        vigil.give_more_time()
+def test_each_hang_doubles_the_limits_for_the_next_attempt() -> None:
+    for num_hangs, first_s, learned_s in ((0, 1000.0, 100.0), (1, 2000.0, 200.0), (2, 4000.0, 400.0)):
+        clock = Clock()
+        vigil = Vigil(LIMITS, {"train": 20.0}, num_hangs=num_hangs, clock=clock)
+        assert vigil.limit_s == first_s
+        hear(vigil, clock, "train", 1, 1.0)
+        assert vigil.limit_s == learned_s
 
 
 def test_a_heartbeat_whose_beats_do_not_grow_is_no_sign_of_life() -> None:
     clock = Clock()
-    vigil = Vigil(LIMITS, {"train": 2.0}, clock)
+    vigil = Vigil(LIMITS, {"train": 2.0}, clock=clock)
     hear(vigil, clock, "train", 7, 1.0)
     for _ in range(6):
         hear(vigil, clock, "train", 7, 10.0)
@@ -68,13 +69,13 @@ def test_a_heartbeat_whose_beats_do_not_grow_is_no_sign_of_life() -> None:
 
 def test_what_one_attempt_learned_the_next_one_knows() -> None:
     clock, learned = Clock(), {}
-    first = Vigil(LIMITS, learned, clock)
+    first = Vigil(LIMITS, learned, clock=clock)
     hear(first, clock, "first_step", 1, 20.0)
     hear(first, clock, "train", 2, 100.0)
     clock.now += 5000.0
     assert first.is_hung
     assert learned == {"start": 20.0, "first_step": 100.0}
-    second = Vigil(LIMITS, learned, clock)
+    second = Vigil(LIMITS, learned, clock=clock)
     hear(second, clock, "first_step", 1, 10.0)
     assert second.limit_s == 500.0
 

@@ -159,47 +159,10 @@ def test_ctrl_c_while_waiting_saves_and_submit_goes_on_from_there(quick_job):
 
 def test_a_cancel_before_the_start_is_heard(quick_job):
     (folder,) = send(quick_job)
+    assert folder.experiment.max_parallel.read_text() == "1"
     assert cancel(folder) == "will not start"
     assert send(quick_job) == [], "a pending run was sent twice"
     wait_for_end(folder)
     assert run_status(folder).status == "cancelled"
     assert not folder.metrics.exists()
     assert cancel(folder) == "not running"
-
-
-def test_a_fault_of_one_rank_is_told_with_that_ranks_words(quick_job, dataset):
-    short = quick_job.parent / "short.yaml"
-    short.write_text(quick_job.read_text().replace("num_frames: 9", "num_frames: 25"))  # the films have 17
-    (folder,) = send(short)
-    wait_for_end(folder)
-    status = run_status(folder)
-    assert status.status == "failed"
-    assert "data.num_frames" in status.message
-    assert "rank_" in status.message
-    assert "gloo" not in status.message
-
-
-def test_a_run_that_can_not_start_is_failed_with_the_reason(quick_job, tmp_path):
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    (weights / "autoencoder.jit").write_bytes(b"no weights at all")
-    (folder,) = send(quick_job, f"model.jit_ckpt_pth={weights}")
-    wait_for_end(folder)
-    status = run_status(folder)
-    assert status.status == "failed"
-    assert str(weights) in status.message
-    assert folder.newest_checkpoint() is None
-
-
-def test_runs_of_a_sweep_share_the_places_that_max_parallel_gives(quick_job):
-    job = quick_job.with_name("sweep.yaml")
-    job.write_text(quick_job.read_text() + "sweep: {grid: {trainer.seed: [0, 1]}, max_parallel: 1}\n")
-    folders = send(job, "trainer.max_steps=6")
-    first, second = folders
-    wait_until(lambda: "waiting" in {run_status(folder).status for folder in folders}, first)
-    for folder in folders:
-        wait_for_end(folder)
-        assert run_status(folder).status == "finished", words(folder)
-    spans = sorted((a.started, a.ended) for f in folders for a in RunState.read(f.state).attempts)
-    assert spans[0][1] <= spans[1][0]
-    assert losses(first) != losses(second)

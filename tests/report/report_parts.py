@@ -17,6 +17,7 @@ from cosmos_hpc.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from cosmos_hpc.report.scores import Evaluation, EvaluationSet
 from cosmos_hpc.tokenizer import starting_tokenizer
 
 WriteRun = Callable[..., RunFolder]
@@ -101,3 +102,19 @@ def attempt(number: int, started: float, ended: float | None, outcome: str | Non
         "host": "node-1",
         "job_id": "4711",
     }
+
+
+def evaluation_set(*evaluations: Evaluation, **changes: object) -> EvaluationSet:
+    """Some weights on videos by number."""
+    settings = {
+        "data": "roads",
+        "split": "val",
+        "num_frames": 9,
+        "num_windows": 1,
+        "crop_size": 32,
+        "videos": [f"video {index}" for index in range(len(evaluations[0].per_video["psnr"]))],
+        "slices": {},
+        "left_out": [],
+        "evaluations": list(evaluations),
+    }
+    return EvaluationSet(**{**settings, **changes})

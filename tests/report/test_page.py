@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
-from report_parts import WriteRun, attempt, grey_state, run_config, save_checkpoint, step_lines
+from matplotlib.image import imread, imsave
+from report_parts import WriteRun, attempt, evaluation_set, grey_state, run_config, save_checkpoint, step_lines
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import ExperimentFolder
 from cosmos_hpc.report.page import write_report, written_duration, written_value
 from cosmos_hpc.report.pictures import spread_positions
+from cosmos_hpc.report.scores import Evaluation, LatentDrift, write_evaluation
 
 VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 
@@ -124,13 +126,20 @@ def test_table_holds_the_numbers_of_the_metrics_file(experiment: ExperimentFolde
         "val PSNR at start, dB": "10.25",
         "val PSNR at end, dB": "12.00",
         "gain, dB": "+1.75",
+    }
+    assert table(page, "costs")[0] == {
+        "run": experiment.runs()[0].path.name,
         "clips/s (median)": "3.00",  # half of the steps at 2, half at 4
         "wall time": "1 min 15 s",
+        "GPU-hours": "0.0208",  # one rank
+        "GPU-hours per dB": "0.0119",  # over 1.75
         "attempts": "0: finished at step 40",
     }
     assert second["run"].endswith(" best")
-    assert (second["gain, dB"], second["wall time"]) == ("+3.25", "1 min 45 s")
-    assert second["attempts"] == "0: preempted at step 20 1: finished at step 40"
+    assert second["gain, dB"] == "+3.25"
+    cost = table(page, "costs")[1]
+    assert cost["wall time"] == "1 min 45 s"
+    assert cost["attempts"] == "0: preempted at step 20 1: finished at step 40"
 
 
 def test_summary_names_the_best_run_its_gain_and_the_number_of_clips(
@@ -218,7 +227,7 @@ def test_page_of_runs_in_every_state_says_so(dataset: Path, experiment: Experime
     page = read_page(write_report(experiment, num_pictures=1))
     assert page.by_id("summary").text == "No run has been validated after training yet."
     assert [row["status"] for row in table(page, "runs")] == ["running", "failed", "not started"]
-    assert [row["attempts"] for row in table(page, "runs")] == ["0: running", "0: code fault at step 3", "none yet"]
+    assert [row["attempts"] for row in table(page, "costs")] == ["0: running", "0: code fault at step 3", "none yet"]
     assert "attempt 0 failed: rank 1 on node-7: out of memory see rank_1.log" in page.text
     assert page.by_id("pictures").text.count("no checkpoint yet") == 2
 
@@ -264,16 +273,21 @@ def test_everything_that_users_wrote_is_escaped(experiment: ExperimentFolder, wr
     config = run_config(f"/data/{hostile}", lr=1e-4)
     message = f"rank 0: {hostile}"
     write_run(
-        config, step_lines(1, 1, 0), {"status": "failed", "attempts": [attempt(0, 0, 1, "failed", message=message)]}
+        config,
+        step_lines(1, 1, 0, val_psnr=9.0),
+        {"status": "failed", "attempts": [attempt(0, 0, 1, "failed", message=message)]},
     )
-    write_run(replace(config, optim=replace(config.optim, lr=3e-4), data=replace(config.data, path="plain")))
+    other = replace(config, optim=replace(config.optim, lr=3e-4), data=replace(config.data, path="$x_{<b>}$"))
+    write_run(other, step_lines(1, 1, 0, val_psnr=9.5), finished())
     renamed = ExperimentFolder(experiment.path.rename(experiment.path.with_name("<b>trial&")))
     page = read_page(write_report(renamed))
-    assert page.all("script") == []
+    [script] = page.all("script")
+    assert "alert" not in script.text
     assert page.all("h1")[0].text == "<b>trial&"
     assert table(page, "runs")[0]["data.path"] == f"/data/{hostile}"
     assert f"data.path /data/{hostile}" in page.by_id("legend").text
     assert f"attempt 0 failed: {message}" in page.text
+    assert "$x_{<b>}$" in page.by_id("setting-plots").text  # below its axis, as it is
 
 
 def test_page_is_one_file_that_refers_to_nothing_else(
@@ -286,7 +300,8 @@ def test_page_is_one_file_that_refers_to_nothing_else(
     page = read_page(written)
     assert list(written.parent.iterdir()) == [written] == [experiment.report]
     assert re.search(r"https?://|@import|url\((?!#)", text) is None
-    assert [page.all(tag) for tag in ("script", "link", "iframe", "object")] == [[], [], [], []]
+    assert [page.all(tag) for tag in ("link", "iframe", "object")] == [[], [], []]
+    assert [script.attributes for script in page.all("script")] == [{}]
     assert all(image.attributes["src"].startswith("data:") for image in page.all("img"))
     assert len(page.all("svg")) == 2
     assert text.isascii()
@@ -362,3 +377,150 @@ def test_goodput_tells_where_the_time_of_all_attempts_went(experiment: Experimen
 def test_runs_of_earlier_versions_have_no_goodput(experiment: ExperimentFolder, write_run: WriteRun) -> None:
     write_run(run_config("gone"), [], finished())
     assert read_page(write_report(experiment)).find_id("goodput") is None
+
+
+def two_runs(dataset: Path | str, write_run: WriteRun, **ends: float) -> list[str]:
+    """Names of two runs of a sweep over the rate; the second one ends better."""
+    names = []
+    for lr, better in ((1e-4, 0.0), (3e-4, 1.0)):
+        start = {"step": 0, "attempt": 0, "val_psnr": 10.0, "general_psnr": 12.0}
+        scores = {"val_psnr": 12.0 + better, "general_psnr": 11.5 - better, "val_psnr_ema": 11.0, "val_ssim": 0.5}
+        lines = [start, *step_lines(1, 39, 0), *step_lines(40, 40, 0, **scores, **ends)]
+        names.append(write_run(run_config(dataset, lr=lr), lines, finished()).path.name)
+    return names
+
+
+def test_second_validation_set_has_its_curve_its_column_and_its_clause(
+    experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    two_runs("gone", write_run)
+    page = read_page(write_report(experiment))
+    assert page.by_id("general-curves").all("svg")
+    first, second = table(page, "runs")
+    minus = "\N{MINUS SIGN}"
+    assert [row["gain on the general set, dB"] for row in (first, second)] == [f"{minus}0.50", f"{minus}1.50"]
+    assert (second["of average, dB"], second["val SSIM"]) == ("11.00", "0.5000")
+    assert "1.50 dB below them on the general set." in page.by_id("summary").text
+    assert "cosmos-hpc evaluate trial" in page.by_id("hint").text
+
+
+def test_varied_settings_are_drawn_against_what_they_brought(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    two_runs("gone", write_run)
+    [plot] = read_page(write_report(experiment)).by_id("setting-plots").all("figure")
+    assert plot.text.endswith("optim.lr against validation PSNR at the end; a dot for each run.")
+    dots = [use for use in plot.all("use") if "fill: #2f7ed8" in use.attributes["style"]]
+    assert len(dots) == 1  # the first run's, in its colour
+
+
+def moved(shift: float) -> LatentDrift:
+    return LatentDrift(is_unchanged=False, mean_shift=(0.0, shift), std_ratio=(1.0, 1.25))
+
+
+def lay_evaluations(experiment: ExperimentFolder, run: str, dataset: Path, **after: Any) -> None:
+    """The runs' own videos, on which the run is 2 dB better, and others, on which it is 1 dB worse."""
+    for data, gain in ((dataset, 2.0), (Path("/data/panda"), -1.0)):
+        before = [20.0, 22.0, 24.0, 26.0]
+        trained = {
+            "psnr": [value + gain + (-1) ** index / 10 for index, value in enumerate(before)],
+            **after["per_video"],
+        }
+        found = evaluation_set(
+            Evaluation("start", {"psnr": before}, is_start=True, step=0),
+            Evaluation("trained", trained, run, 40, latents=after["latents"]),
+            data=str(data),
+            slices={"night": ["true", "false", "true", "false"]},
+        )
+        write_evaluation(found, experiment.evaluations / data.name)
+
+
+def test_verdict_tells_the_gain_the_forgetting_and_that_latents_no_longer_fit(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    _, second = two_runs(dataset, write_run)
+    crossed = {"old_encoder": [19.0] * 4, "old_decoder": [15.0] * 4, "changed": [0.25] * 4}
+    lay_evaluations(experiment, second, dataset, per_video=crossed, latents=moved(-0.5))
+    page = read_page(write_report(experiment))
+    plus_minus = "\N{PLUS-MINUS SIGN}"
+    assert page.by_id("summary").text == (
+        f"Run {second} is better by 2.00 {plus_minus} 0.10 dB PSNR on your videos (4 videos), "
+        f"worse by 1.00 {plus_minus} 0.10 dB PSNR on panda (4 videos), and its latents no longer fit what was made for "
+        "those of its start: decoded crosswise they lose 8.00 dB, and 25.0% of the indices changed."  # 23 - 15
+    )
+    assert page.by_id("validation").text.startswith("In training: Best run")
+    own, _ = (section for section in page.all("section") if section.attributes.get("class") == "evaluation")
+    assert own.all("h2")[0].text == f"Evaluation on {dataset.name} (your videos)"
+    assert "\N{MINUS SIGN}0.500, \N{MULTIPLICATION SIGN} 1.250" in own.text.replace("-", "\N{MINUS SIGN}")
+    assert "night = true (2)" in own.text
+    assert "trained : video 0 (22.10 dB)" in own.text
+
+
+@pytest.mark.parametrize(
+    ("latents", "words"),
+    [
+        (LatentDrift(True, (0.0,), (1.0,)), "and its latents are those of its start to the last bit."),
+        (
+            moved(0.01),
+            "and its latents still fit what was made for those of its start: decoded crosswise they lose 0.25 dB.",
+        ),
+    ],
+)
+def test_verdict_tells_when_latents_still_fit(
+    latents: LatentDrift, words: str, dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    _, second = two_runs(dataset, write_run)
+    crossed = {"old_encoder": [23.5] * 4, "old_decoder": [22.75] * 4}  # of 23 on its own
+    lay_evaluations(experiment, second, dataset, per_video=crossed, latents=latents)
+    assert read_page(write_report(experiment)).by_id("summary").text.endswith(words)
+
+
+def test_gain_that_may_be_none_is_not_called_better(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    _, second = two_runs(dataset, write_run)
+    found = evaluation_set(
+        Evaluation("start", {"psnr": [20.0, 22.0, 24.0, 26.0]}),
+        Evaluation("trained", {"psnr": [22.0, 20.0, 26.4, 24.0]}, second, 40),
+        data=str(dataset),
+    )
+    write_evaluation(found, experiment.evaluations / "own")
+    text = read_page(write_report(experiment)).by_id("summary").text
+    assert text.startswith(f"Run {second} is neither better nor worse (+0.10 \N{PLUS-MINUS SIGN} ")
+
+
+def test_frames_of_videos_are_on_the_page_only_with_pictures(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun
+) -> None:
+    _, second = two_runs(dataset, write_run)
+    lay_evaluations(experiment, second, dataset, per_video={}, latents=None)
+    strips = experiment.evaluations / dataset.name / "strips"
+    strips.mkdir()
+    imsave(strips / "01-drive.png", np.zeros((4, 4, 3)))
+    assert [image.attributes["alt"] for image in read_page(write_report(experiment)).all("img")] == ["01-drive"]
+    assert read_page(write_report(experiment, num_pictures=0)).all("img") == []
+
+
+def test_evaluation_of_another_version_is_told_and_left_out(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    two_runs("gone", write_run)
+    (experiment.evaluations / "old").mkdir(parents=True)
+    (experiment.evaluations / "old" / "evaluation.json").write_text("[]")
+    assert "no evaluation of this version" in read_page(write_report(experiment)).text
+
+
+def test_quarantine_and_provenance_are_told(experiment: ExperimentFolder, write_run: WriteRun) -> None:
+    folder = write_run(run_config("gone"), step_lines(1, 1, 0), finished())
+    faults = ["undecodable"] * 23 + ["hanging"]
+    lines = [{"shard": "shard-0.tar", "key": f"v{n}", "fault": each, "reason": "<b>"} for n, each in enumerate(faults)]
+    folder.quarantine.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"shard": "torn')
+    provenance = {"cosmos_hpc": "0.1", "git_commit": "abc123", "git_diff": "-a\n+b", "packages": {"torch": "2.13"}}
+    newest = {**provenance, "command": ["cosmos-hpc", "submit"], "host": "login-1", "image": "sha256:77"}
+    folder.provenance.write_text(json.dumps([{"time": "2026-11-01", "git_commit": "def456"}, newest]))
+    page = read_page(write_report(experiment))
+    quarantine = page.by_id("quarantine")
+    assert quarantine.all("h3")[0].text == f"{folder.path.name}: 24 videos (23 undecodable, 1 hanging)"
+    assert len(quarantine.all("tr")) == 1 + 20
+    origin = page.by_id("provenance").text
+    assert "0.1, commit abc123, 2 lines of uncommitted changes" in origin
+    assert "torch 2.13" in origin
+    assert "login-1" in origin
+    assert 'image "sha256:77"' in origin
+    assert f"{folder.path.name} earlier 2026-11-01, commit def456" in origin

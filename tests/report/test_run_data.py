@@ -39,12 +39,12 @@ def test_start_is_step_zero_and_end_is_the_newest_validation(write_run: WriteRun
         *step_lines(3, 3, 0),
     ]
     record = read_run(write_run(run_config("d"), lines))
-    assert (record.psnr_at_start, record.psnr_at_end, record.last_step) == (10.0, 12.5, 3)
+    assert (record.at_start("val_psnr"), record.at_end("val_psnr"), record.last_step) == (10.0, 12.5, 3)
 
 
 def test_run_validated_only_before_training_has_no_end(write_run: WriteRun) -> None:
     record = read_run(write_run(run_config("d"), [{"step": 0, "val_psnr": 10.0, "attempt": 0}]))
-    assert (record.psnr_at_start, record.psnr_at_end) == (10.0, None)
+    assert (record.at_start("val_psnr"), record.at_end("val_psnr")) == (10.0, None)
 
 
 def test_wall_time_leaves_out_the_wait_between_attempts(write_run: WriteRun) -> None:

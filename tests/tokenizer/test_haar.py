@@ -80,3 +80,13 @@ def test_autocast_leaves_the_transform_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert HaarPatcher(4)(clips).equal(HaarPatcher(4)(clips.clone()))
         assert HaarUnpatcher(4)(HaarPatcher(4)(clips).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_one_matrix_product_is_the_transform_and_its_way_back(patch_size):
+    clips = torch.rand(2, 3, 9, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    patcher, unpatcher = HaarPatcher(patch_size), HaarUnpatcher(patch_size)
+    patches = patcher(clips)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        torch.testing.assert_close(patcher(clips), patches, rtol=0, atol=1e-6)
+        torch.testing.assert_close(unpatcher(patches), clips, rtol=0, atol=5e-6)

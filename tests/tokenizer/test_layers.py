@@ -7,6 +7,7 @@ from torch import nn
 
 from cosmos_hpc.tokenizer.architecture import Resampling
 from cosmos_hpc.tokenizer.layers import (
+    FactorizedConv,
     FrameNorm,
     PointwiseConv,
     ResidualBlock,
@@ -58,3 +59,29 @@ def test_layer_and_its_gradients_are_as_recorded(tag):
         assert error(parameter.grad / largest, RECORDED[f"{tag}/grad/{name}"] / largest) < 1e-12 or (
             parameter.grad.abs().max() < 1e-12
         )
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_norms_own_gradient_is_that_of_its_formula(silu):
+    generator = torch.Generator().manual_seed(0)
+    norm = FrameNorm(6).double()
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(6, generator=generator, dtype=torch.float64)
+    clips = torch.randn(2, 6, 3, 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: norm(x, silu=silu), (clips, *norm.parameters()))
+
+
+def test_under_autocast_the_first_bias_of_a_pair_of_convolutions_counts_all_the_same():
+    generator = torch.Generator().manual_seed(0)
+    pair = FactorizedConv(4, 6)
+    clips = torch.randn(1, 4, 5, 8, 8, generator=generator)
+    expected = pair(clips)
+    expected.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in pair.parameters()]
+    pair.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pair(clips)
+    found.sum().backward()
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    for parameter, gradient in zip(pair.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.02, atol=0.02 * float(gradient.abs().max()))

@@ -8,6 +8,7 @@ from golden_vectors import error, load, set_recorded_vgg_weights
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.loss_schema import LossTermConfig
 from cosmos_hpc.tokenizer.losses import mean_absolute_difference
+from cosmos_hpc.tokenizer.losses.feature_distance import FeatureDistance
 from cosmos_hpc.tokenizer.losses.flow import FlowTerm
 from cosmos_hpc.tokenizer.losses.latents import kl_to_standard_normal, uneven_use
 from cosmos_hpc.tokenizer.losses.perceptual import LAYER_WEIGHTS, Eye
@@ -168,6 +169,31 @@ def test_vgg_never_sees_more_frames_than_a_chunk_and_the_clip_gets_no_graph(vgg,
     without, with_graph = [False] * 5, [True] * 5
     assert calls == [(2, without), (2, with_graph), (1, without), (1, with_graph)] * 2
     assert not any(parameter.requires_grad for parameter in vgg.parameters())
+
+
+@pytest.mark.parametrize(
+    ("chunk_frames", "expected"),
+    [(2, [(1, 2), (1, 1)] * 3), (3, [(1, 3)] * 3), (6, [(2, 3), (1, 3)]), (99, [(3, 3)])],
+)
+def test_features_alone_are_compared_in_ranges_of_frames_or_some_clips_at_a_time(vgg, chunk_frames, expected):
+    clips, reconstructions = torch.rand(2, 3, 3, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clips, reconstructions = clips.double(), reconstructions.double()  # no sign or largest value hangs on rounding
+    eye, shapes = Eye(vgg.double(), chunk_frames), []
+    compare = FeatureDistance(vgg)
+
+    def noted(expected, seen):
+        shapes.append((seen.shape[0], seen.shape[2]))
+        return compare(expected, seen)
+
+    eye.feature_distance = noted
+    gradient = torch.zeros_like(clips)
+    value = eye.differentiate(clips, reconstructions, gradient, lpips=0.1, gram=0.0).lpips
+    assert shapes == expected
+    other = torch.zeros_like(clips)
+    whole = Eye(vgg, 99).differentiate(clips, reconstructions, other, lpips=0.1, gram=0.0).lpips
+    vgg.float()
+    assert value.item() == pytest.approx(whole.item(), rel=1e-9)
+    assert error(gradient, other.numpy()) < 1e-9
 
 
 def flow_double(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:

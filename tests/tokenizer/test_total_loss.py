@@ -25,7 +25,13 @@ from cosmos_hpc.tokenizer.losses.windows import join_windows, window_disagreemen
 
 EVERY_CV_TERM = {"l1": 1.0, "lpips": 0.1, "gram": 0.062, "flow": 0.01, "consistency": 0.5, "kl": 1e-2}
 FLOW_FILE = "loss.flow.weights=raft.pth"
-WINDOWS = ("data.num_frames=17", "loss.consistency.num_frames=9", "loss.consistency.step=8", "data.crop_size=256")
+WINDOWS = (
+    "model.formulation=VAE",
+    "data.num_frames=17",
+    "loss.consistency.num_frames=9",
+    "loss.consistency.step=8",
+    "data.crop_size=256",
+)
 
 
 def run(*overrides: str) -> RunConfig:
@@ -83,21 +89,24 @@ def test_the_gradient_is_that_of_the_weighted_sum_with_every_term_once(vgg):
     assert cut.shape == (4, 3, 9, 16, 16)
     leaf = (0.8 * cut + 0.2 * every.inputs(noise, 0)).requires_grad_()
     latents = torch.linspace(-1, 1, 4 * 16 * 2).view(4, 16, 2, 1, 1).requires_grad_()
-    total, *terms = every.backward(clips, Autoencoded(leaf * 1, latents * 1), 0, scale=0.25)
+    logvar = (latents.detach().flip(0) * 2 - 1).requires_grad_()
+    total, *terms = every.backward(clips, Autoencoded(leaf * 1, latents * 1, logvar * 1), 0, scale=0.25)
     assert total.item() == pytest.approx(
         sum(weight * term.item() for weight, term in zip(EVERY_CV_TERM.values(), terms, strict=True)), rel=1e-5
     )
 
-    plain, plain_latents = (each.detach().clone().requires_grad_() for each in (leaf, latents))
+    plain, plain_latents, plain_logvar = (each.detach().clone().requires_grad_() for each in (leaf, latents, logvar))
     whole = join_windows(plain, 2, 8)
     gradient = torch.zeros_like(whole)
     seen = Eye(vgg, 99).differentiate(clips, whole.detach(), gradient, lpips=0.1, gram=0.062)
     assert terms[1].item() == pytest.approx(seen.lpips.item(), rel=1e-5)
     FlowTerm(motion, 99).differentiate(clips, whole.detach(), gradient, weight=0.01)
     rest = mean_absolute_difference(clips, whole) + 0.5 * window_disagreement(plain, 2, 8)
-    (rest + 1e-2 * 0.5 * plain_latents.square().mean() + (whole * gradient).sum()).mul(0.25).backward()
+    divergence = 0.5 * (plain_latents.square() + plain_logvar.exp() - 1 - plain_logvar).mean()
+    (rest + 1e-2 * divergence + (whole * gradient).sum()).mul(0.25).backward()
     torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(latents.grad, plain_latents.grad)
+    torch.testing.assert_close(logvar.grad, plain_logvar.grad)
 
 
 def test_uneven_use_of_codes_reaches_the_encoder_through_the_rounding():
@@ -125,7 +134,7 @@ def test_no_term_reads_from_the_device_and_none_stops_at_a_nan(vgg):
     leaf = every.inputs(reconstructions * float("nan"), 0).requires_grad_()
     latents = torch.zeros(4, 16, 2, 1, 1, requires_grad=True)
     with NothingIsRead():
-        values = every.backward(clips, Autoencoded(leaf * 1, latents * 1), 0)
+        values = every.backward(clips, Autoencoded(leaf * 1, latents * 1, latents * 1), 0)
     assert values[0].isnan()
     with pytest.raises(AssertionError), NothingIsRead():
         float(values[0])
@@ -218,7 +227,9 @@ def test_flow_without_torchvision_names_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["loss.kl.weight=1", "model.model=DV8x16x16"], "has no continuous latents"),
+        (["loss.kl.weight=1"], "whose latents have no distribution: set VAE"),
+        (["loss.kl.weight=1", "model.model=DV8x16x16"], "whose latents have no distribution: set it to 0"),
+        (["model.formulation=VAE", "model.model=DV8x16x16"], "set AE, or VAE for a CV tokenizer"),
         (["loss.fsq_entropy.weight=1"], "has no codes"),
         (["loss.flow.weight=1"], r"name RAFT-large in loss\.flow\.weights"),
         (["loss.flow.weight=1", FLOW_FILE, "data.crop_size=248"], "RAFT takes 128 pixels"),

@@ -7,14 +7,15 @@ import pytest
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.training.checkpoint_files import BestBy, publish
+from cosmos_hpc.training.checkpoint_files import BestBy, point_and_prune, publish
 
 
 def save(folder, step: int, best_by: BestBy, **scores: float) -> None:
     unfinished = folder / f"step_{step:08d}.partial"
     unfinished.mkdir(parents=True)
     (unfinished / "checkpoint.json").write_text(json.dumps({"step": step, "scores": scores}))
-    publish(unfinished, folder / f"step_{step:08d}", 2, best_by)
+    publish(unfinished, folder / f"step_{step:08d}")
+    point_and_prune(folder / f"step_{step:08d}", 2, best_by)
 
 
 def kept(folder) -> list[int]:

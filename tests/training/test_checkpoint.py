@@ -1,21 +1,30 @@
 """What a name under checkpoints/ promises, in one process with real Megatron-Core and a real loader."""
 
 import dataclasses
+import errno
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.load import load_experiment, resolve
+from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.tokenizer import load_tokenizer, starting_tokenizer
+from cosmos_hpc.training import checkpoint as checkpoint_module
+from cosmos_hpc.training import checkpoint_files
+from cosmos_hpc.training.checkpoint import SaveError
+from cosmos_hpc.training.checkpoint_files import DIGESTS, damage, digest
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +116,107 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_the_save_began(folder, conf
     assert all(weight.equal(read[name]) for name, weight in other.module.state_dict().items())
 
 
+def test_every_random_generator_goes_on_where_it_was(folder, config, groups):
+    def draw() -> list[float]:
+        on_device = torch.rand(2, device=groups.device)
+        return [random.random(), *np.random.rand(2), *torch.rand(2).tolist(), *on_device.tolist()]
+
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    expected = draw()
+    assert draw() != expected
+    other, store = build(folder, config, groups)
+    store.load_newest(other)
+    assert draw() == expected
+
+
+def test_a_checkpoint_tells_what_wrote_it_and_with_which_settings(folder, config, groups):
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    state.skipped_in_a_row = 2
+    store.save(state, 77, "roads-000")
+    other, store = build(folder, config, groups)
+    layout = store.load_newest(other)
+    assert layout["versions"].keys() == {"cosmos-hpc", "torch", "megatron-core", "megatron-energon"}
+    assert layout["versions"]["torch"] == version("torch")
+    (folder.path / "settings.yaml").write_text(layout["settings"])
+    assert read_run_config(folder.path / "settings.yaml") == config
+    assert (layout["wandb_id"], layout["metrics_bytes"], layout["step"]) == ("roads-000", 77, 1)
+    assert (other.skipped_in_a_row, other.consumed_samples, other.optimizer.lr) == (2, 8, state.optimizer.lr)
+
+
+def test_a_save_in_flight_is_finished_before_the_one_of_a_run_that_leaves(folder, config, groups):
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    store.begin(state, 0, None)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    assert names(folder) == ["latest", "step_00000001", "step_00000002"]
+    assert damage(folder.checkpoint(1)) is damage(folder.checkpoint(2)) is None
+
+
+def test_a_checkpoint_is_wanted_after_so_many_minutes_and_then_not_for_as_long(folder, config, groups):
+    assert config.checkpoint.every_n_minutes == 10
+    _, store = build(folder, config, groups)
+    assert not store.wants_save
+    often = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_n_minutes=0.02))
+    state, store = build(folder, often, groups)
+    while not store.wants_save:
+        time.sleep(0.1)
+    store.begin(state, 0, None)
+    assert not store.wants_save
+    store.finish(may_fail=False)
+
+
+@pytest.mark.parametrize("when", ["table of contents", "rename", "pointer"])
+def test_an_error_of_the_disk_after_the_writers_costs_no_more_than_that_checkpoint(
+    folder, config, groups, caplog, monkeypatch, when
+):
+    state, store = build(folder, config, groups)
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    take_a_step(state, groups)
+    store.begin(state, 0, None)
+    with monkeypatch.context() as disk:
+        where, name = {
+            "table of contents": (store._saver, "write_contents"),
+            "rename": (checkpoint_files.Path, "rename"),
+            "pointer": (checkpoint_files, "_point_at"),
+        }[when]
+        disk.setattr(where, name, fail_as_a_full_disk)
+        store.finish(may_fail=True)
+    assert "No space left on device" in caplog.text
+    assert store.saved_step == (2 if when == "pointer" else 1)
+    store.finish(may_fail=True)
+    assert {"latest", "step_00000001"} <= set(names(folder))
+    assert damage(folder.newest_checkpoint()) is None
+    take_a_step(state, groups)
+    store.save(state, 0, None)
+    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(3)
+
+
+def fail_as_a_full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system of its own")
+def test_a_disk_that_fills_up_under_the_writers_says_so(tmp_path, config, groups, caplog, monkeypatch):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        folder = RunFolder(tmp_path)
+        state, store = build(folder, config, groups)
+        monkeypatch.setattr(checkpoint_module, "MARGIN_BYTES", -(2**30))  # it looks as if there were room
+        store.begin(state, 0, None)
+        store.finish(may_fail=True)
+        assert "No space left on device" in caplog.text
+        with pytest.raises(SaveError, match="No space left on device"):
+            store.save(state, 0, None)
+        assert names(folder) == []
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
 def test_checkpoints_are_whole_and_pruned(folder, config, groups):
     state, store = build(folder, config, groups)
     torn = folder.checkpoints / "step_00000009.partial"
@@ -135,11 +245,33 @@ def test_checkpoints_of_another_kind_are_refused_with_the_reason(folder, config,
     state, store = build(folder, config, groups)
     take_a_step(state, groups)
     store.save(state, 0, None)
-    layout = folder.checkpoint_layout(folder.checkpoint(1))
-    layout.write_text(json.dumps(json.loads(layout.read_text()) | change))
+    rewrite_layout(folder.checkpoint(1), change)
     with pytest.raises(ConfigError, match=words):
         store.load_newest(state)
     assert folder.checkpoint(1).exists()
+
+
+def rewrite_layout(checkpoint: Path, change: dict) -> None:
+    """As another version or other settings would have written it, digest included."""
+    layout, digests = checkpoint / "checkpoint.json", checkpoint / DIGESTS
+    layout.write_text(json.dumps(json.loads(layout.read_text()) | change))
+    digests.write_text(json.dumps(json.loads(digests.read_text()) | {layout.name: digest(layout)}))
+
+
+def test_a_flipped_bit_is_not_taken_for_another_format(folder, config, groups):
+    state, store = build(folder, config, groups)
+    for _ in range(2):
+        take_a_step(state, groups)
+        store.save(state, 0, None)
+    layout = folder.checkpoint_layout(folder.checkpoint(2))
+    text = layout.read_text()
+    assert '"format": 2' in text
+    layout.write_text(text.replace('"format": 2', '"format": 3'))  # one bit
+    assert store.load_newest(state)["step"] == 1
+    rewrite_layout(folder.checkpoint(1), {"format": 1})
+    (folder.checkpoint(1) / DIGESTS).unlink()  # as a version without digests would leave it
+    with pytest.raises(ConfigError, match="has checkpoint format 1"):
+        store.load_newest(state)
 
 
 def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(folder, config, groups, caplog):

@@ -73,6 +73,16 @@ def test_a_small_update_moves_a_large_weight_as_bfloat16_weights_would_not(group
     assert torch.tensor(1 - 1e-4).bfloat16().item() == 1.0
 
 
+def test_the_second_moment_shrinks_as_it_would_not_in_bfloat16(groups):
+    _, ddp, optimizer = build(groups)
+    update(groups, ddp, optimizer, 2.0)
+    (moments,) = optimizer.megatron.chained_optimizers[0].optimizer.state.values()
+    before = moments["exp_avg_sq"].clone()
+    update(groups, ddp, optimizer, 0.0)
+    assert moments["exp_avg_sq"].item() == pytest.approx(0.999 * before.item(), rel=1e-6)
+    assert (0.999 * before.bfloat16()).equal(before.bfloat16()), "half an ulp is more than a thousandth"
+
+
 def test_the_schedule_counts_only_updates_that_were_made(groups):
     _, ddp, optimizer = build(groups)
     rates = []

@@ -1,20 +1,33 @@
-"""Megatron-Core's wrapper, optimizer and schedule on gloo ranks against a plain torch loop in one process."""
+"""The loop's own step, by Megatron-Core on gloo ranks, against a plain torch loop in one process."""
 
 import copy
 import dataclasses
 import functools
+import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from forked_ranks import start_ranks
 
+from cosmos_hpc.config.loss_schema import LossConfig, PerceptualConfig
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig
+from cosmos_hpc.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainerConfig
+from cosmos_hpc.data.loader import TrainLoader
+from cosmos_hpc.launch.status import stragglers
 from cosmos_hpc.ranks import Rank
-from cosmos_hpc.tokenizer import load_tokenizer, starting_tokenizer
-from cosmos_hpc.training.parallel import free_port
+from cosmos_hpc.tokenizer import Losses, load_tokenizer, starting_tokenizer
+from cosmos_hpc.training import parallel
+from cosmos_hpc.training.checkpoint import CheckpointStore
+from cosmos_hpc.training.loop import TrainState, train_step
+from cosmos_hpc.training.optimizer import Optimizer
+from cosmos_hpc.training.parallel import Groups, free_port
+from cosmos_hpc.training.queued_steps import StepQueue
 
 MODEL = ModelConfig(channels=4)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.3, clip_grad=0.5, eps=1e-3)
@@ -23,7 +36,7 @@ STEPS = 4
 
 
 def global_batch(step: int) -> torch.Tensor:
-    return torch.rand(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
+    return torch.randint(0, 256, (4, 3, 9, 16, 16), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
 
 
 @functools.cache
@@ -39,7 +52,7 @@ def plain_torch() -> tuple[torch.nn.Module, list[float]]:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup_steps)
-        clips = global_batch(step)
+        clips = global_batch(step).float() / 127.5 - 1
         optimizer.zero_grad()
         (module(clips).reconstructions - clips).abs().mean().backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), OPTIM.clip_grad)))
@@ -47,47 +60,67 @@ def plain_torch() -> tuple[torch.nn.Module, list[float]]:
     return module, norms
 
 
-def train_on_rank(index: int, world_size: int, num_microbatches: int, distributed: bool, port: int, out: Path) -> None:
-    from cosmos_hpc.training import parallel
-    from cosmos_hpc.training.optimizer import Optimizer
-    from cosmos_hpc.training.parallel import Groups
+class GivenClips:
+    """Stands for the data room: this rank's share of `global_batch`, cut into micro batches."""
 
+    def __init__(self, config: DataConfig, rank: Rank, first: int = 0) -> None:
+        self._size, self._rank, self._step = config.micro_batch_size, rank, first
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield from global_batch(self._step).chunk(self._rank.world_size)[self._rank.rank].split(self._size)
+            self._step += 1
+
+
+def start_rank(index: int, config: RunConfig, port: int, loader: Any = None) -> tuple[TrainState, SimpleNamespace]:
+    """What `train_step` works with, on one of the ranks of a test."""
     parallel.BUCKET_SIZE = 2000  # several buckets also in a small network
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    groups = Groups.start(Rank(index, index, world_size))
+    groups = Groups.start(Rank(index, index, config.trainer.world_size))
     module = starting_tokenizer(MODEL, seed=index)  # rank 0's weights count
-    ddp = groups.wrap(module, use_distributed_optimizer=distributed)
+    ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     assert len(ddp.buffers[0].buckets) > 3
-    optimizer = Optimizer(ddp, dataclasses.replace(OPTIM, use_distributed_optimizer=distributed), groups)
-    norms = []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        own = global_batch(step).chunk(world_size)[index]
-        for count, clips in enumerate(own.chunk(num_microbatches), 1):
-            loss = (ddp(clips).reconstructions - clips).abs().mean() / num_microbatches
-            if count < num_microbatches:
-                with ddp.no_sync():
-                    loss.backward()
-            else:
-                loss.backward()
-        groups.finish_gradients(ddp)
-        norm, skipped = optimizer.step(loss.detach())
-        optimizer.learn(bool(skipped))
-        norms.append(float(norm))
-    assert groups.gather(index) == list(range(world_size))
-    assert groups.from_first(index) == 0
+    loader = loader or GivenClips(config.data, groups.rank)
+    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), None, loader)
+    return state, SimpleNamespace(config=config, groups=groups, losses=Losses(config.loss))
+
+
+def run_config(world_size: int, num_microbatches: int = 1, distributed: bool = False, **data: Any) -> RunConfig:
+    return RunConfig(
+        data=DataConfig(global_batch_size=4, micro_batch_size=4 // (world_size * num_microbatches), **data),
+        trainer=TrainerConfig(precision="32", devices=world_size),
+        optim=dataclasses.replace(OPTIM, use_distributed_optimizer=distributed),
+        loss=LossConfig(lpips=PerceptualConfig(weight=0.0)),
+    )
+
+
+def take_steps(state: TrainState, run: SimpleNamespace, batches: Iterator[torch.Tensor], count: int) -> Iterator[Any]:
+    queue = StepQueue()
+    for _ in range(count):
+        queue.append(train_step(state, batches, run))
+        (metrics,) = queue.arrived(everything=True)
+        state.optimizer.learn(metrics.skipped)
+        yield metrics
+
+
+def train_on_rank(index: int, config: RunConfig, port: int, out: Path) -> None:
+    state, run = start_rank(index, config, port)
+    norms = [metrics.grad_norm for metrics in take_steps(state, run, iter(state.loader), STEPS)]
+    assert run.groups.gather(index) == list(range(config.trainer.world_size))
+    assert run.groups.from_first(index) == 0
     if index == 0:
-        torch.save({"weights": copy.deepcopy(module.state_dict()), "norms": norms, "lr": optimizer.lr}, out)
-    groups.stop()
+        trained = {"weights": copy.deepcopy(state.module.state_dict()), "norms": norms, "lr": state.optimizer.lr}
+        torch.save(trained, out)
+    run.groups.stop()
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
 @pytest.mark.parametrize(("world_size", "num_microbatches"), [(1, 2), (2, 2), (4, 1)])
 def test_megatron_core_on_gloo_ranks_equals_a_plain_torch_loop(tmp_path, world_size, num_microbatches, distributed):
     out = tmp_path / "rank_0.pt"
-    arguments = (world_size, num_microbatches, distributed, free_port(), out)
-    start_ranks(train_on_rank, arguments, world_size)
+    config = run_config(world_size, num_microbatches, distributed)
+    start_ranks(train_on_rank, (config, free_port(), out), world_size)
     trained = torch.load(out, weights_only=True)
     expected, norms = plain_torch()
     assert trained["norms"] == pytest.approx(norms, rel=1e-4)
@@ -113,47 +146,45 @@ def test_outside_the_scope_nothing_of_torch_is_changed():
     assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
-def go_on_with_ranks(index: int, world_size: int, steps: range, config: RunConfig, port: int, folder: Path) -> None:
-    from cosmos_hpc.data.loader import TrainLoader
-    from cosmos_hpc.training import parallel
-    from cosmos_hpc.training.checkpoint import CheckpointStore
-    from cosmos_hpc.training.loop import TrainState
-    from cosmos_hpc.training.optimizer import Optimizer
-    from cosmos_hpc.training.parallel import Groups
-
-    parallel.BUCKET_SIZE = 2000  # several buckets also in a small network
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    groups = Groups.start(Rank(index, index, world_size))
-    module = starting_tokenizer(MODEL, seed=0)
-    ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
+def go_on_with_ranks(index: int, steps: range, config: RunConfig, port: int, folder: Path) -> None:
+    world_size = config.trainer.world_size
     loader = TrainLoader(config.data, seed=0, rank=index, world_size=world_size)
-    state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), None, loader)
-    store = CheckpointStore(RunFolder(folder), config, groups)
+    state, run = start_rank(index, config, port, loader)
+    store = CheckpointStore(RunFolder(folder), config, run.groups)
     assert (store.load_newest(state) is None) == (steps.start == 0)
     assert state.step == steps.start
-    for step in steps:
-        clips = global_batch(step).chunk(world_size)[index]
-        state.optimizer.zero_grad()
-        loss = (ddp(clips).reconstructions - clips).abs().mean()
-        loss.backward()
-        groups.finish_gradients(ddp)
-        _, skipped = state.optimizer.step(loss.detach())
-        state.optimizer.learn(bool(skipped))
-    state.step = steps.stop
+    list(take_steps(state, run, iter(GivenClips(config.data, run.groups.rank, steps.start)), len(steps)))
     store.save(state, 0, None)
-    groups.stop()
+    run.groups.stop()
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
 def test_a_run_goes_on_exactly_with_more_and_with_fewer_ranks(tmp_path, dataset, distributed):
-    config = RunConfig(
-        data=DataConfig(path=str(dataset), num_frames=9, crop_size=16, num_streams=4, global_batch_size=4),
-        optim=dataclasses.replace(OPTIM, use_distributed_optimizer=distributed),
-    )
+    data = {"path": str(dataset), "num_frames": 9, "crop_size": 16, "num_streams": 4}
     for world_size, steps in ((2, range(2)), (4, range(2, 3)), (1, range(3, STEPS))):
-        arguments = (world_size, steps, config, free_port(), tmp_path)
-        start_ranks(go_on_with_ranks, arguments, world_size)
+        config = run_config(world_size, distributed=distributed, **data)
+        start_ranks(go_on_with_ranks, (steps, config, free_port(), tmp_path), world_size)
     trained = load_tokenizer(RunFolder(tmp_path).checkpoint(STEPS)).state_dict()
     for name, weight in plain_torch()[0].state_dict().items():
         torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-6)
+
+
+def wait_for_a_slow_rank(index: int, config: RunConfig, port: int, out: Path) -> None:
+    state, run = start_rank(index, config, port)
+    if index == 1:
+        state.module.register_forward_pre_hook(lambda *_: time.sleep(1.0))
+    queue, batches = StepQueue(), iter(state.loader)
+    for _ in range(2):
+        queue.append(train_step(state, batches, run))
+        state.optimizer.learn(False)
+        list(queue.arrived(everything=True))
+    busy_s = run.groups.gather(queue.busy_s)
+    if index == 0:
+        out.write_text(json.dumps(busy_s))
+    run.groups.stop()
+
+
+def test_the_rank_that_the_others_wait_for_is_the_straggler(tmp_path):
+    start_ranks(wait_for_a_slow_rank, (run_config(2), free_port(), tmp_path / "busy_s"), 2)
+    (found,) = stragglers(json.loads((tmp_path / "busy_s").read_text()))
+    assert found.rank == 1

@@ -76,7 +76,12 @@ def exchange_on_rank(index: int, port: int, out: Path) -> None:
     stop.install()
     agreement, heard = Agreement(groups, stop), []
     for step in range(3):
-        agreement.start(wants_save=step == 1 and index == 0, is_writing=step == 2 and index == 1, busy_s=index + step)
+        agreement.start(
+            wants_save=step == 1 and index == 0,
+            wants_validation=step == 2 and index == 0,
+            is_writing=step == 2 and index == 1,
+            busy_s=index + step,
+        )
         if step == 0 and index == 1:
             os.kill(os.getpid(), signal.SIGUSR2)  # during a step: too late for its own agreement
         heard.append(tuple(agreement.read()))
@@ -89,7 +94,7 @@ def test_ranks_leave_together_one_step_after_one_of_them_was_told(tmp_path):
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
     assert first == second
     assert first == [
-        [None, False, False, [0, 1]],
-        ["time_limit", True, False, [1, 2]],
-        ["time_limit", False, True, [2, 3]],
+        [None, False, False, False, [0, 1]],
+        ["time_limit", True, False, False, [1, 2]],
+        ["time_limit", False, True, True, [2, 3]],
     ]

@@ -41,6 +41,9 @@ class ListedClips:
 class NoValidation:
     """Stands for the validation, which is not at issue."""
 
+    is_wanted = False
+    pictures = None
+
     def is_due(self, step: int) -> bool:
         return False
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import time
 
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig, WandbConfig
 from cosmos_hpc.ranks import Rank
+from cosmos_hpc.training import heartbeat
 from cosmos_hpc.training.telemetry import StepMetrics, Telemetry, ValidationScores
 
 
@@ -102,10 +105,20 @@ def test_heartbeat_tells_what_goes_on_and_where_time_went(folder):
     assert facts["seconds"] == beat["seconds"]
 
 
-def test_wandb_offline_keeps_a_run_in_the_folder(folder, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    voice = telemetry(folder, wandb="offline")
-    voice.resume_at(0, 0)
-    voice.log(metrics(1))
+def test_a_disk_that_was_full_for_a_while_does_not_end_the_signs_of_life(folder, monkeypatch):
+    def full(path, text):
+        tried.append(path)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tried: list = []
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.01)
+    with monkeypatch.context() as disk:
+        disk.setattr(heartbeat, "write_atomically", full)
+        voice = telemetry(folder)
+        voice.phase("train", 3)
+        while len(tried) < 3:
+            time.sleep(0.01)
+    while not folder.heartbeat.exists():  # there is room again, and nothing new to say
+        time.sleep(0.01)
+    assert json.loads(folder.heartbeat.read_text())["phase"] == "train"
     voice.close()
-    assert list(folder.path.glob("wandb/offline-run-*/*.wandb"))

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cosmos_hpc.tokenizer.losses.vgg import Vgg16
-
-LAYER_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
-"""What each of the five layers counts."""
+from cosmos_hpc.tokenizer.losses.feature_distance import SIZE_MULTIPLE, FeatureDistance
+from cosmos_hpc.tokenizer.losses.vgg import LAYER_WEIGHTS, Vgg16
 
 
 class FeatureDistances(NamedTuple):
@@ -34,6 +32,12 @@ class Eye:
         """Look through the network, at `chunk_frames` frames or fewer at once."""
         self._network = network
         self._chunk_frames = chunk_frames
+        self.feature_distance: FeatureDistance | None = None
+
+    def compile(self) -> None:
+        """Compare features alone, without Gram matrices and mask, by `FeatureDistance`, its small parts compiled."""
+        self.feature_distance = FeatureDistance(self._network)
+        self.feature_distance.compile()
 
     @torch.no_grad()
     def distances(self, clips: Tensor, reconstructions: Tensor) -> Tensor:
@@ -68,15 +72,23 @@ class Eye:
             gram: weight of the Gram matrices; 0 leaves them out.
             mask: the same shape; its first channel weighs the features, whose mean is still over all of them.
         """
+        num_frames = clips.shape[0] * clips.shape[2]
         pulls, gram_distance = self._pulls(clips, reconstructions, mask, gram)
         total = gram_distance.new_zeros(())
+        is_even = all(size % SIZE_MULTIPLE == 0 for size in clips.shape[3:])
+        if self.feature_distance is not None and not gram and mask is None and is_even:
+            for part in self._chunks_over_clips(clips):
+                distance, slope = self.feature_distance(clips[part], reconstructions[part])
+                gradient[part].add_(slope, alpha=lpips / num_frames)
+                total = total + distance / num_frames
+            return FeatureDistances(total, gram_distance)
         for index, frames in self._chunks(clips):
             with torch.no_grad():
                 expected = self._network(_frames(clips, index, frames))
             chunk = _frames(reconstructions, index, frames).requires_grad_()
             seen = self._network(chunk)
             masks = _masks(mask, index, frames, seen)
-            distance = _feature_distance(expected, seen, masks).sum() / (clips.shape[0] * clips.shape[2])
+            distance = _feature_distance(expected, seen, masks).sum() / num_frames
             pull = lpips * distance
             if gram:
                 flat = _flat(seen, masks)
@@ -117,12 +129,24 @@ class Eye:
             sums[index] = [a + b for a, b in zip(sums[index], parts, strict=True)] if sums[index] else parts
         return [[_Gram(whole / count, count) for whole, count in zip(own, cells, strict=True)] for own in sums]
 
-    def _chunks(self, clips: Tensor) -> Iterator[tuple[int, slice]]:
-        """Number of a clip and a range of its frames, until all have been named."""
+    def _chunks_over_clips(self, clips: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+        """Some whole clips, or where one is too long a range of its frames, until all have been named."""
         num_clips, _, num_frames = clips.shape[:3]
+        if num_frames > self._chunk_frames:
+            for index, frames in self._chunks(clips):
+                yield slice(index, index + 1), slice(None), frames
+            return
+        length = -(-num_clips // -(-num_clips // (self._chunk_frames // num_frames)))
+        for start in range(0, num_clips, length):
+            yield slice(start, min(start + length, num_clips)), slice(None), slice(None)
+
+    def _chunks(self, clips: Tensor) -> Iterator[tuple[int, slice]]:
+        """Number of a clip and a range of its frames, until all have been named; the ranges are about equal."""
+        num_clips, _, num_frames = clips.shape[:3]
+        length = -(-num_frames // -(-num_frames // self._chunk_frames))
         for index in range(num_clips):
-            for start in range(0, num_frames, self._chunk_frames):
-                yield index, slice(start, min(start + self._chunk_frames, num_frames))
+            for start in range(0, num_frames, length):
+                yield index, slice(start, min(start + length, num_frames))
 
 
 class _Gram(NamedTuple):

@@ -25,6 +25,21 @@ def mean_absolute_difference(clips: Tensor, reconstructions: Tensor, mask: Tenso
     return _mean(mask * differences) / _mean(mask).clamp(min=1e-12)
 
 
+def absolute_difference_and_slope(
+    clips: Tensor, reconstructions: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`mean_absolute_difference`, and its gradient at the reconstructions, [B, 3, T, H, W].
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    value = mean_absolute_difference(clips, reconstructions, mask)
+    signs = (reconstructions - clips).sign()
+    if mask is None:
+        return value, signs / clips.numel()
+    return value, mask * signs / (_mean(mask).clamp(min=1e-12) * clips.numel())
+
+
 def check_same_shape(clips: Tensor, other: Tensor, what: str = "reconstructions") -> None:
     """Refuse what would broadcast.
 

@@ -16,7 +16,7 @@ from cosmos_hpc.tokenizer.losses.discriminator import AdversarialTerm
 from cosmos_hpc.tokenizer.losses.flow import FlowTerm, read_raft
 from cosmos_hpc.tokenizer.losses.latents import kl_to_standard_normal, uneven_use
 from cosmos_hpc.tokenizer.losses.perceptual import Eye
-from cosmos_hpc.tokenizer.losses.pixels import mean_absolute_difference
+from cosmos_hpc.tokenizer.losses.pixels import absolute_difference_and_slope
 from cosmos_hpc.tokenizer.losses.vgg import Vgg16
 from cosmos_hpc.tokenizer.losses.windows import cut_windows, join_windows, window_disagreement
 
@@ -52,6 +52,13 @@ class Losses:
         self._config = config
         self._flow = flow
         self._adversarial = adversarial
+        self._compare_pixels = absolute_difference_and_slope
+
+    def compile(self) -> None:
+        """Fuse what lies between the convolutions of VGG16, and the comparison of pixels."""
+        self._compare_pixels = torch.compile(absolute_difference_and_slope, dynamic=False)
+        if self.eye is not None:
+            self.eye.compile()
 
     @classmethod
     def build(cls, run: RunConfig, device: torch.device, adversarial: AdversarialTerm | None = None) -> Self:
@@ -119,32 +126,33 @@ class Losses:
         """
         names = self.names(step)
         task = _Task({name: self._weight(name, step) for name in names if name in NAMES}, step, scale, mask, is_last)
-        windows, latents = outputs.reconstructions.detach(), outputs.latents.detach()
+        windows = outputs.reconstructions.detach()
         if "consistency" not in names:
             gradient = torch.zeros_like(windows)
             values = self._see(clips, windows, gradient, task)
         else:
             gradient, values = self._see_windows(clips, windows, task)
-        latent_terms: dict[str, Callable[[Tensor], Tensor]] = {
-            "kl": _kl,
-            "fsq_entropy": partial(uneven_use, levels=FSQ_LEVELS),
-        }
-        latent_gradient = None
-        for name in latent_terms.keys() & task.weights.keys():  # one at most: kl is of CV, fsq_entropy of DV
-            latent_gradient = torch.zeros_like(latents)
-            values[name] = _differentiate(latent_terms[name], latents, latent_gradient, task.pull(name))
-        if latent_gradient is None:
-            outputs.reconstructions.backward(gradient)
-        else:
-            torch.autograd.backward([outputs.reconstructions, outputs.latents], [gradient, latent_gradient])
+        ends, slopes = [outputs.reconstructions], [gradient]
+        if "kl" in names:
+            assert outputs.logvar is not None, "the settings refuse kl without a posterior"
+            ends += [outputs.latents, outputs.logvar]
+        if "fsq_entropy" in names:
+            ends += [outputs.latents]
+        for name in [name for name in LATENT_TERMS if name in names]:  # one at most: kl is of CV, fsq_entropy of DV
+            leaf = torch.cat(ends[1:], 1).detach()
+            slope = torch.zeros_like(leaf)
+            values[name] = _differentiate(LATENT_TERMS[name], leaf, slope, task.pull(name))
+            slopes += [part.type_as(end) for part, end in zip(slope.chunk(len(ends) - 1, 1), ends[1:], strict=True)]
+        torch.autograd.backward(ends, slopes)
         total = values.pop("weighted_adversarial", torch.zeros_like(values["l1"]))
         total = total + sum(weight * values[name] for name, weight in task.weights.items() if name != "adversarial")
         return torch.stack([total, *(values[name] for name in names)])
 
     def _see(self, clips: Tensor, reconstructions: Tensor, gradient: Tensor, task: "_Task") -> dict[str, Tensor]:
         """The terms of pictures by name; their gradients are added up."""
-        l1 = partial(mean_absolute_difference, clips, mask=task.mask)
-        values = {"l1": _differentiate(l1, reconstructions, gradient, task.pull("l1"))}
+        l1, slope = self._compare_pixels(clips, reconstructions, task.mask)
+        gradient.add_(slope, alpha=task.pull("l1"))
+        values = {"l1": l1}
         if "lpips" in task.weights or "gram" in task.weights:
             assert self.eye is not None, "build makes one where it is needed"
             lpips, gram = task.pull("lpips"), task.pull("gram")
@@ -210,7 +218,11 @@ def _differentiate(term: Callable[[Tensor], Tensor], at: Tensor, gradient: Tenso
     return value.detach()
 
 
-def _kl(latents: Tensor) -> Tensor:
-    """As of a posterior N(latents, 1): the released tokenizers give no variance."""
-    mean = latents.float()
-    return kl_to_standard_normal(mean, torch.zeros_like(mean)).mean()
+def _kl(posterior: Tensor) -> Tensor:
+    """Of means and log-variances, side by side in the channels."""
+    mean, logvar = posterior.float().chunk(2, 1)
+    return kl_to_standard_normal(mean, logvar).mean()
+
+
+LATENT_TERMS: dict[str, Callable[[Tensor], Tensor]] = {"kl": _kl, "fsq_entropy": partial(uneven_use, levels=FSQ_LEVELS)}
+"""Terms that look at latents and not at pictures."""

@@ -19,6 +19,9 @@ WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512
 SEEN = (3, 8, 15, 22, 29)
 """Layers whose output is seen, numbered as torchvision does: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
 
+LAYER_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
+"""What each of these counts in a distance."""
+
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 """Mean and spread of ImageNet's red, green and blue in [-1, 1]: Zhang et al., "The Unreasonable Effectiveness of Deep

@@ -3,22 +3,41 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.data.pack import find_videos, named_videos
+from cosmos_hpc.data.dataset_index import is_metadataset, metadataset_parts, split_shards
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
+from cosmos_hpc.data.video_names import find_videos, named_videos, siblings
+
+FILM = re.compile(r"(?!mask\.)(?:(.+)\.)?(?:mp4|m4v|mov|mkv|webm)")
+"""Members of a sample that are videos, and the camera where there are several."""
+
+
+class Part(NamedTuple):
+    """A stretch of a file: a whole one, or a member of a shard."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 class Video(NamedTuple):
-    """One video that is to be tokenized."""
+    """One video among those that a call names."""
 
     name: str
     """Unique among all that go into one folder: its key, below its shard's name where it comes from one."""
@@ -37,6 +56,12 @@ class Video(NamedTuple):
 
     offset: int = 0
     """Where it begins in the shard."""
+
+    camera: str | None = None
+    """Which of several in a sample took it."""
+
+    siblings: Mapping[str, Part] = MappingProxyType({})
+    """What lies beside it under the same key, by its ending, such as `json`."""
 
     @property
     def source(self) -> str:
@@ -80,6 +105,40 @@ def spread(source: Path, count: int) -> Iterator[Video]:
         return
     chosen = shards[:: -(-len(shards) // count)]
     yield from _interleaved([list(_members(shard, _name_below(shard, source))) for shard in chosen])
+
+
+def of_split(source: Path, split: str) -> list[Video]:
+    """The videos of one split of a prepared dataset; of any other folder, all that it holds. Siblings are found.
+
+    Args:
+        source: a dataset with an Energon index, a Metadataset that blends such ones, a folder of shards, or a folder
+            of video files; `NAME.json` and the like beside `NAME.mp4` are its siblings.
+        split: such as `val`.
+
+    Raises:
+        ConfigError: if there is none, or the dataset has no such split.
+    """
+    if is_metadataset(source):
+        return [video for part in metadataset_parts(source, split) for video in of_split(part, split)]
+    splits = split_shards(source)
+    if not splits:
+        shards = _shards(source)
+        if not shards:
+            return [
+                Video(key, key, path, path.stat().st_size, siblings=_beside(path))
+                for path, key in named_videos([source])
+            ]
+    else:
+        shards = [source / name for name in splits.get(split, [])]
+    videos = [video for shard in shards for video in _members(shard, _name_below(shard, source))]
+    if not videos:
+        held = f"; it has {', '.join(splits)}" if splits else ""
+        raise ConfigError(f"{source} holds no video in its split {split}{held}: name another dataset or split")
+    return videos
+
+
+def _beside(video: Path) -> dict[str, Part]:
+    return {ending: Part(path, 0, path.stat().st_size) for ending, path in siblings(video).items()}
 
 
 def _interleaved(groups: list[list[Video]]) -> Iterator[Video]:
@@ -149,15 +208,20 @@ def _name_below(shard: Path, source: Path) -> str:
 
 def _members(shard: Path, name: str) -> Iterator[Video]:
     """The videos in a shard; a key ends at the first dot of a member's name, as WebDataset has it."""
+    parts: dict[str, dict[str, Part]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                parts = re.fullmatch(r"((?:.*/)?[^/.]+)\.mp4", member.name)
-                if parts is None or not member.isfile():
-                    continue
-                key = parts[1]
-                if ".." in PurePosixPath(key).parts or key.startswith("/"):
-                    raise ConfigError(f"{shard} holds {member.name}, which points out of it: pack it again")
-                yield Video(f"{name}/{key}", key, shard, member.size, name, member.offset_data)
+                if member.isfile() and (found := re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", member.name)):
+                    parts.setdefault(found[1], {})[found[2]] = Part(shard, member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise ConfigError(f"{shard} can't be read as a tar ({error}): pack it again") from None
+    for key, members in parts.items():
+        if ".." in PurePosixPath(key).parts or key.startswith("/"):
+            raise ConfigError(f"{shard} holds {key}.mp4, which points out of it: pack it again")
+        films = {ending: film for ending in members if (film := FILM.fullmatch(ending))}
+        others = {ending: part for ending, part in members.items() if ending not in films}
+        for ending, film in films.items():
+            camera, part = film[1], members[ending]
+            name_of = key if camera is None else f"{key}-{camera}"
+            yield Video(f"{name}/{name_of}", name_of, shard, part.size, name, part.offset, camera, others)

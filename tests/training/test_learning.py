@@ -1,0 +1,128 @@
+"""Narrow networks learn from the quickstart's films: the product's own command, and the losses that it gave before."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cosmos_hpc.config.schema import DataConfig, ModelConfig
+from cosmos_hpc.data.loader import ValidationLoader, to_unit_range
+from cosmos_hpc.data.pack import pack
+from cosmos_hpc.data.prepare import prepare
+from cosmos_hpc.quickstart import cut_films
+from cosmos_hpc.tokenizer import psnr, starting_tokenizer
+
+STORED = Path(__file__).with_name("reference_losses.json")
+"""Losses of these runs by step, with torch 2.13 on x86-64. `python tests/training/test_learning.py` writes it."""
+
+CHANNELS = 8
+SETTINGS = [
+    f"model.channels={CHANNELS}",
+    "data.num_frames=9",
+    "data.crop_size=64",
+    "data.micro_batch_size=2",
+    "data.global_batch_size=2",
+    "data.num_workers=0",
+    "data.shuffle_buffer_size=20",
+    "trainer.precision=32",
+    "trainer.val_check_interval=50",
+    "optim.lr=2e-3",
+    "optim.betas=[0.9, 0.99]",
+    "optim.warmup_steps=20",
+    "optim.lr_schedule=cosine",
+    "loss.lpips.weight=0",  # as no VGG16 comes with the tests
+]
+STEPS = {"CV8x8x8": 300, "DV8x16x16": 350}
+GAIN_DB = 2.0
+FEW = 15
+"""Steps of the quick comparison."""
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("films")
+    return dataset(root)
+
+
+def dataset(root: Path) -> Path:
+    """The quickstart's videos of bikes: 11 to train on, and 3 from the film's end."""
+    cut_films(root / "videos")
+    for split in ("train", "val"):
+        videos = sorted((root / "videos" / split).glob("bikes_*.mp4"))
+        pack(videos, root / "shards" / split, max_clips_per_shard=4)
+    prepare(root / "shards")
+    return root / "shards"
+
+
+def start_near_the_identity(kind: str, out: Path) -> Path:
+    """Weights with which so few steps are enough: no branch adds anything yet, and no bias hides the signal.
+
+    With torch's own, a network this deep first learns the clip's mean colour and stays there for hundreds of steps.
+    """
+    network = starting_tokenizer(ModelConfig(model=kind, channels=CHANNELS), 0)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in network.named_parameters():
+        if name.endswith(".bias") or name.endswith(("conv2.1.conv3d.weight", "proj_out.conv3d.weight")):
+            torch.nn.init.zeros_(weight)
+        elif name.endswith("conv3d.weight"):
+            torch.nn.init.kaiming_normal_(weight, nonlinearity="linear", generator=generator)
+    torch.nn.init.normal_(network.decoder.conv_out[1].conv3d.weight, std=0.01, generator=generator)
+    torch.save(network.state_dict(), out / f"{kind}.pt")
+    return out / f"{kind}.pt"
+
+
+def train(kind: str, films: Path, out: Path, steps: int) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    weights = start_near_the_identity(kind, out)
+    settings = [f"name={kind}", f"model.model={kind}", f"model.jit_ckpt_pth={weights}", f"data.path={films}"]
+    settings += [f"optim.decay_steps={STEPS[kind]}"]  # also where it is stopped earlier
+    command = [sys.executable, "-m", "cosmos_hpc.train", *settings, *SETTINGS, f"trainer.max_steps={steps}"]
+    environment = {**os.environ, "COSMOS_HPC_RUNS": str(out), "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (metrics,) = out.glob(f"{kind}/*/metrics.jsonl")
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def mean_colour_psnr(films: Path) -> float:
+    """PSNR of a clip's mean colour in the place of the clip, mean over the validation clips."""
+    data = DataConfig(path=str(films), num_frames=9, crop_size=64)
+    clips = [to_unit_range(batch) for batch in ValidationLoader(data, rank=0, world_size=1)]
+    return float(torch.cat([psnr(clip, clip.mean((2, 3, 4), keepdim=True).expand_as(clip)) for clip in clips]).mean())
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_first_losses_are_those_of_before(films, tmp_path, kind):
+    losses = [line["loss"] for line in train(kind, films, tmp_path, FEW)[1:]]
+    assert losses == pytest.approx(json.loads(STORED.read_text())[kind][:FEW], rel=1e-2)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("kind", STEPS)
+def test_averaged_weights_beat_the_mean_colour_of_clips_never_seen(films, tmp_path, kind):
+    lines = train(kind, films, tmp_path, STEPS[kind])
+    losses = torch.tensor([line["loss"] for line in lines[1:]])
+    stored = torch.tensor(json.loads(STORED.read_text())[kind])
+    assert losses[:FEW].tolist() == pytest.approx(stored[:FEW].tolist(), rel=1e-2)
+    for part in range(0, STEPS[kind], 50):  # rounding grows from step to step; means over 50 of them stay
+        assert losses[part : part + 50].mean() == pytest.approx(stored[part : part + 50].mean(), rel=0.1)
+    assert lines[-1]["val_psnr_ema"] >= mean_colour_psnr(films) + GAIN_DB
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = dataset(Path(scratch))
+        print(f"mean colour: {mean_colour_psnr(shards):.2f} dB", flush=True)
+        for name in sys.argv[1:] or STEPS:
+            written = train(name, shards, Path(scratch), STEPS[name])
+            print(f"{name}: {[line for line in written if 'val_psnr_ema' in line]}", flush=True)
+            found = json.loads(STORED.read_text()) if STORED.exists() else {}
+            found[name] = [round(line["loss"], 5) for line in written[1:]]
+            STORED.write_text(json.dumps(found))
