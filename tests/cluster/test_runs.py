@@ -50,7 +50,8 @@ def test_a_run_through_preemptions_and_faults_repeats_losses_and_weights_of_an_u
     wait_for_end(slurm_cluster, broken, "COMPLETED", "FAILED")
 
     told = outcomes(broken)
-    assert told[:5] == ["preempted"] * 3 + ["killed", "supervisor_killed"], story(slurm_cluster, broken)
+    assert told[:4] == ["preempted"] * 3 + ["killed"], story(slurm_cluster, broken)
+    assert told[4] in ("supervisor_killed", "preempted"), "the requeue may reach the ranks first, and then they save"
     assert (told[5] in ("lost_ranks", "node_failure", "supervisor_killed"), told[-1]) == (True, "finished"), told
     states = [row.state for row in slurm_cluster.accounting(job_id(broken)) if row.job == job_id(broken)]
     assert states[:3] == ["PREEMPTED"] * 3 or states.count("PREEMPTED") + states.count("REQUEUED") >= 3, states

@@ -102,7 +102,7 @@ def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     assert 3 <= saved_at < 24
     assert losses(preempted) == losses(unbroken)
 
-    (asked,) = send(quick_job, "name=asked", "trainer.max_steps=80")
+    (asked,) = send(quick_job, "name=asked", "trainer.max_steps=50")
     wait_for_step(asked, 3)
     assert checkpoint_now(asked) == "asked to save after its next step"
     assert wait_for_save(asked, before=0).startswith("saved in ")
