@@ -141,7 +141,7 @@ def test_command_exports_the_averages_of_a_run_with_their_statistics(videos, tmp
         (["--ema"], r"model.pt holds no averaged weights \(EMA\): leave --ema out"),
         (["--to", "diffusers"], "needs its AutoencoderKLCosmos"),
         (["--statistics-frames", "20"], r"--statistics-frames is 20, but takes 1 \+ 8k up to 121"),
-        (["--statistics", "nowhere"], "nowhere is not there: name video files or folders of them"),
+        (["--statistics", "nowhere"], "nowhere is not there: name video files, folders of them"),
     ],
 )
 def test_command_refuses_what_can_not_be_exported_before_it_writes(tmp_path, monkeypatch, options, message):

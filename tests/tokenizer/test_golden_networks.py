@@ -50,7 +50,7 @@ def check(
     ]
     clips = recorded_clip(kind, shape).to(dtype)
     with torch.set_grad_enabled("grad_names" in recorded):
-        reconstructions, latents = network(clips)
+        reconstructions, latents, _ = network(clips)
     for hook in hooks:
         hook.remove()
 
@@ -126,7 +126,7 @@ def test_released_network_computes_the_recorded_values(full_width, shape):
 def test_decoding_what_was_encoded_is_the_forward(kind):
     network = recorded_network(kind, channels=4)
     clips = recorded_clip(kind, "2x3x9x32x48")
-    reconstructions, latents = network(clips)
+    reconstructions, latents, _ = network(clips)
     assert network.decode(network.encode(clips)).equal(reconstructions)
     assert network.encode(clips).equal(latents)
     if isinstance(network, DiscreteTokenizer):

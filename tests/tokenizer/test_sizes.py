@@ -46,7 +46,7 @@ def test_what_is_no_latent_is_refused(small):
 @pytest.mark.parametrize("name", LATENT_SHAPES)
 def test_every_released_variant_returns_the_size_it_was_given(small, name):
     clips = torch.zeros(2, 3, 17, 32, 48)
-    reconstructions, latents = small(name)(clips)
+    reconstructions, latents, _ = small(name)(clips)
     assert reconstructions.shape == clips.shape
     assert tuple(latents.shape) == (2, *LATENT_SHAPES[name])
 
