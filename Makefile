@@ -4,7 +4,7 @@
 # make test-training  trains narrow networks on the quickstart's films, and compares losses and validation
 # make test-faults  kills a run 25 times, wherever it can be hit, and compares it with the unbroken one (root)
 # make test-faults-all  the same, 200 times
-# make test-all     all tests
+# make test-all     all tests but those of make test-training
 # All set up a virtual environment first, where it is missing.
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ test-faults-all: $(READY)
 	COSMOS_HPC_FAULTS=200 $(BIN)/python -m pytest -s tests/faults
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not training"
 
 check: $(READY)
 	$(BIN)/ruff check .
