@@ -58,7 +58,7 @@ class Probe:
         """
         try:
             return self._function(frames)
-        except Exception as error:
+        except Exception as error:  # the team's own code, which may fail in any way
             raise ConfigError(f"--probe {self._name} failed: {type(error).__name__}: {error}") from error
 
     def agreement(self, original: Any, reconstruction: Any) -> float:
