@@ -134,7 +134,7 @@ def processor_s() -> float:
 def distinct_frames(film: Path, settings: dict[str, Any]) -> float:
     packets, num_clips = scan(str(film)), settings["clips_per_decode"]
     kind = ClipKind(NUM_FRAMES, CROP, CROP, starts_at_keys=settings["clip_start"] == "keyframe")
-    clips = [choose(packets, kind, num_clips, seed) for seed in range(40 // num_clips)]
+    clips = [choose(packets, [kind] * num_clips, seed) for seed in range(40 // num_clips)]
     frames = [frame for decode in clips for clip in decode for frame in clip.frames.tolist()]
     return len(set(frames)) / min(len(frames), packets.num_frames)
 
