@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import av
 import decord
 import numpy as np
+import torch
 
 from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.choosing import ClipKind, choose
@@ -77,6 +78,8 @@ def through_the_loader(root: Path, settings: dict[str, Any], num_clips: int) -> 
         decode_timeout_s=60,
         **settings,
     )
+
+    torch.set_num_threads(1)  # as in a worker
 
     def clips() -> Iterator[object]:
         ours = TrainLoader(config, seed=0, rank=0, world_size=1)

@@ -99,7 +99,8 @@ class DataConfig:
     """The dataset and the clips taken from it."""
 
     path: str | None = expands(None, is_path=True)
-    """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed."""
+    """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed, here or as s3://BUCKET/FOLDER or
+    msc://PROFILE/FOLDER; or a Metadataset, a YAML file that blends such folders."""
 
     general_path: str | None = expands(None, is_path=True, identity=False)
     """Second dataset, of video unlike the first: its split val is validated beside, to see what is forgotten."""

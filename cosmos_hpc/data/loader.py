@@ -4,6 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.bad_videos import SPOILT, USELESS, SkippedVideos
 from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.clips import Fault
-from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
+from cosmos_hpc.data.dataset_index import check_dataset, energon_path, is_remote, split_sizes, tells_its_size
 from cosmos_hpc.data.decoders import check_decoder
 from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.shapes import StepShapes
@@ -129,7 +130,6 @@ class TrainLoader:
         num_workers = data.num_workers if data.num_streams is None else data.num_streams // world_size
         if data.image_path is not None:
             check_dataset(data.image_path, needed=("train",), setting="data.image_path")
-        path = Path(data.path)  # type: ignore[arg-type]  # checked above
         self.layout = Layout(
             num_streams=world_size * max(1, num_workers),
             shuffle_buffer_size=data.shuffle_buffer_size,
@@ -141,7 +141,7 @@ class TrainLoader:
             energon=version("megatron-energon"),
         )
         self._rank, self._world_size = rank, world_size
-        self._path = path
+        self._path = str(data.path)
         self._global_batch_size = data.global_batch_size
         self._skipped = SkippedVideos(quarantine, data.max_bad_share)
         self._clip_decoder = _clip_decoder(data)
@@ -170,7 +170,7 @@ class TrainLoader:
             clip_buffer_size=data.clip_buffer_size,
             images=images,
         )
-        dataset = _samples(data, str(data.path), worker_config, task_encoder)
+        dataset = _samples(data, self._path, worker_config, task_encoder)
         num_samples = task_encoder.num_samples + image_encoder.num_samples
         self._skipped.expect(num_samples, num_streams=max(1, num_workers))
         self._dataset = PositionedBatches(dataset, worker_config=worker_config)
@@ -287,21 +287,22 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Uint8 clips [B, 3, T, H, W]; the last batch may be smaller, and a rank without samples yields none."""
-        path = Path(self._data.path)  # type: ignore[arg-type]  # checked in __init__
+        path = str(self._data.path)
         task_encoder = ClipTaskEncoder(
             kind_of=lambda _stream, _number: self._kind,
             seed=None,
             clip_decoder=self._clip_decoder,
             skipped=self._skipped,
         )
-        dataset = get_val_dataset(
-            path,
-            split_part="val",
-            worker_config=self._worker_config,
-            batch_size=self._data.micro_batch_size,
-            limit=self._limit_batches,
-            task_encoder=task_encoder,
-        )
+        with _told_in_one_line(path):
+            dataset = get_val_dataset(
+                energon_path(path),
+                split_part="val",
+                worker_config=self._worker_config,
+                batch_size=self._data.micro_batch_size,
+                limit=self._limit_batches,
+                task_encoder=task_encoder,
+            )
         self._skipped.expect(task_encoder.num_samples, num_streams=max(1, self._worker_config.num_workers))
         loader = _open(dataset, seed=0)
         try:
@@ -349,15 +350,31 @@ def _kinds(data: DataConfig) -> tuple[list[ClipKind], list[float]]:
 
 def _samples(data: DataConfig, path: str, worker_config: WorkerConfig, task_encoder: RawTaskEncoder) -> SavableDataset:
     """Training samples of a dataset, without end; what becomes of them is the encoder's matter."""
-    return get_train_dataset(
-        Path(path),
-        worker_config=worker_config,
-        batch_size=data.micro_batch_size,
-        batch_drop_last=True,
-        shuffle_buffer_size=data.shuffle_buffer_size,
-        max_samples_per_sequence=None,
-        task_encoder=task_encoder,
-    )
+    with _told_in_one_line(path):
+        return get_train_dataset(
+            energon_path(path),
+            worker_config=worker_config,
+            batch_size=data.micro_batch_size,
+            batch_drop_last=True,
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            max_samples_per_sequence=None,
+            task_encoder=task_encoder,
+        )
+
+
+@contextmanager
+def _told_in_one_line(path: str) -> Iterator[None]:
+    """What an object store answers is the user's: no such bucket, profile or key."""
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(
+            f"{path} can't be opened as a dataset ({reason}): see that it is indexed, and that the profile and keys of "
+            "multi-storage-client are right (MSC_CONFIG)"
+        ) from error
 
 
 def _start_worker(first_stream: int, initialize: Callable[[int], None], worker_id: int) -> None:
@@ -381,7 +398,7 @@ def _open(dataset: Any, seed: int) -> BasicDataLoader:
     return loader
 
 
-def _usable(loader: BasicDataLoader, path: Path) -> Iterator[Any]:
+def _usable(loader: BasicDataLoader, path: str) -> Iterator[Any]:
     """Energon's batches; its error over a dataset that is not worth a run becomes the user's."""
     try:
         yield from loader
@@ -407,7 +424,7 @@ def _train_samples(data: DataConfig, setting: str, world_size: int, num_workers:
         ConfigError: if there are fewer than streams, over which Energon fails in a worker.
     """
     path = getattr(data, setting)
-    if path is None or is_metadataset(Path(path)):
+    if path is None or not tells_its_size(path):
         return None
     samples, streams = split_sizes(Path(path))["train"], world_size * max(num_workers, 1)
     if samples < streams:
