@@ -17,7 +17,7 @@ CRF = 18
 
 PRESET = "veryfast"
 
-SCENE_SCORE, SCENE_WIDTH = 0.3, 160
+SCENE_SCORE, SCENE_WIDTH = 0.2, 160
 """FFmpeg's measure of change, 0 to 1, from which another scene begins; and the width at which pictures are compared."""
 
 

@@ -357,25 +357,23 @@ def test_long_videos_are_cut_at_key_frames_into_the_same_frames(tmp_path):
 
 
 def test_film_is_cut_into_its_scenes(tmp_path):
-    """Seen by eye: it cuts at 30, 137, 187 and 242, each with a key frame; of the last scene 8 frames are there."""
+    """Seen by eye: it cuts at 30, 76, 137, 187 and 242, each with a key frame; of the last scene 8 frames are there."""
     pack([film("bikes.mp4")], tmp_path / "out", split_scenes=True)
     parts = [frames_of(raw, tmp_path / name) for name, raw in members(tmp_path / "out/shard-000000.tar").items()]
-    assert [len(part) for part in parts] == [30, 107, 50, 55]
+    assert [len(part) for part in parts] == [30, 46, 61, 50, 55]
     whole = list(read_frames(film("bikes.mp4")))
     assert all(np.array_equal(*pair) for pair in zip(itertools.chain(*parts), whole[:242], strict=True))
-    pack([film("bikes.mp4")], tmp_path / "again", split_scenes=True, split_s=1)  # a key frame at 76
-    assert [entry["frames"] for entry in lines(tmp_path / "again/videos.jsonl")] == [30, 46, 61, 50, 55]
     pack([film("bigbuckbunny.mp4")], tmp_path / "one", split_scenes=True)
     assert list(members(tmp_path / "one/shard-000000.tar")) == ["bigbuckbunny.mp4"]
 
 
 def test_scene_is_cut_where_nothing_behind_it_is_needed_and_left_out_up_to_a_key_frame(tmp_path):
-    frames = list(read_frames(film("bikes.mp4"), start=30, stop=135))
+    frames = [frame[::2, ::2] for frame in read_frames(film("bigbuckbunny.mp4"), stop=105)]
     frames[40:70] = [255 - frame for frame in frames[40:70]]
     options = {"preset": "veryfast", "bf": "3", "b_strategy": "0", "sc_threshold": "0", "g": "50"}
     with av.open(str(tmp_path / "scenes.mp4"), "w") as target:
         stream = target.add_stream("libx264", rate=25, options=options)  # key frames at 0, 50 and 100
-        stream.width, stream.height, stream.pix_fmt = 640, 272, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
         for pixels in frames:
             target.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         target.mux(stream.encode())
