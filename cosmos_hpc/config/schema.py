@@ -206,6 +206,9 @@ class TrainerConfig:
     precision: str = "bf16"
     """`bf16` (compute in bfloat16, weights stay float32) or `32`."""
 
+    activation_checkpointing: bool = neutral(False)
+    """Keep fewer activations and compute them again in the backward: slower, for clips that don't fit otherwise."""
+
     compile: str = neutral("auto")
     """`auto` (on a GPU, unless compiled code fails or differs from eager), `required` (stop then) or `off`."""
 
