@@ -201,7 +201,7 @@ class Block(nn.Module):
     recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] to [B, C', T, H, W]."""
+        """[B, C, T, H, W] to [B, C', T', H', W'], computed at once or also a second time."""
         if self.recomputes and torch.is_grad_enabled():
             result: Tensor = checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False)
             return result
@@ -234,7 +234,7 @@ class ResidualBlock(Block):
         self.nin_shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def compute(self, x: Tensor) -> Tensor:
-        """Without a thought of memory."""
+        """[B, C, T, H, W] to [B, C', T, H, W]."""
         h = self.conv1(self.norm1(x, silu=True))
         h = self.conv2(self.norm2(h, silu=True))
         return self.nin_shortcut(x) + h
@@ -257,7 +257,7 @@ class Attention(Block):
         self.proj_out = PointwiseConv(channels, channels)
 
     def compute(self, x: Tensor) -> Tensor:
-        """Without a thought of memory."""
+        """[B, C, T, H, W] to the same."""
         normed = self.norm(x)
         attended = self.attend(*(channels_last(project(normed)) for project in (self.q, self.k, self.v)))
         return x + self.proj_out(channels_second(attended))
