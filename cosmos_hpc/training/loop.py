@@ -133,7 +133,7 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
     busy = Stopwatch(device)
     for index in range(num_microbatches):
         waited = time.perf_counter()
-        batch = next(batches).to(device, non_blocking=True)
+        batch = run.groups.upload(next(batches))
         clips, mask = to_unit_range(batch), loss_mask(batch)
         data_time_s += time.perf_counter() - waited
         is_last = index == num_microbatches - 1
