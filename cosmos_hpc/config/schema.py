@@ -568,7 +568,8 @@ class RunConfig:
     """Online tracking."""
 
     after: tuple[str, ...] = neutral(())
-    """Experiments that have to be finished first, or SLURM jobs by name or number, such as one that packs the data."""
+    """Experiments that have to be finished first, or SLURM jobs by name or number, such as one that packs the data.
+    Jobs wait in the queue; runs of this machine don't wait, and are refused until then."""
 
     def __post_init__(self) -> None:
         require(
@@ -602,6 +603,12 @@ class RunConfig:
         """Sample streams over all ranks: `data.num_streams`, else what the first start fixes it to."""
         chosen = self.data.num_streams
         return self.data.num_workers * self.trainer.world_size if chosen is None else chosen
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that a job asks for on each node."""
+        asked = self.cluster.gpus_per_node
+        return self.trainer.devices if asked is None else asked
 
     @property
     def lr_decay_steps(self) -> int:
