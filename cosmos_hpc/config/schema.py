@@ -486,6 +486,10 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables set for the ranks, such as NCCL's."""
 
+    container_mode: str | None = None
+    """How this cluster runs images: `pyxis` or `enroot`. It counts where container.image is set and container.mode is
+    not."""
+
     health_check_s: float = 10.0
     """Seconds that each node has, before every start of the ranks, to show that it is well; 0 leaves the check out."""
 
@@ -499,6 +503,10 @@ class ClusterConfig:
         require(
             self.executor in ("slurm", "local"),
             f"cluster.executor is {self.executor!r}: set slurm or local",
+        )
+        require(
+            self.container_mode in (None, "pyxis", "enroot"),
+            f"cluster.container_mode is {self.container_mode!r}: set pyxis or enroot",
         )
         for name in ("time_limit_min", "grace_s"):
             value = getattr(self, name)
