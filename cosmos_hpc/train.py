@@ -171,6 +171,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
+    from cosmos_hpc.training.compilation import Subject, compile_training
     from cosmos_hpc.training.ema import WeightAverage
     from cosmos_hpc.training.loop import Run, TrainState
     from cosmos_hpc.training.optimizer import Optimizer
@@ -211,8 +212,10 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     state = TrainState(module, ddp, optimizer, average, loader, adversary)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
-    guard = NonFiniteGuard(config.trainer)
-    return state, Run(config, groups, checkpoints, losses, validation, telemetry, Agreement(groups, stop), guard)
+    compilation = compile_training(Subject(module, losses, average), config, groups, attempt.folder, state.step)
+    telemetry.note_compilation(compilation.told)
+    guard, agreement = NonFiniteGuard(config.trainer), Agreement(groups, stop)
+    return state, Run(config, groups, checkpoints, losses, validation, telemetry, agreement, guard, compilation)
 
 
 def _write_failure(folder: RunFolder, attempt: int, rank: Rank, error: Exception, step: int | None = None) -> None:

@@ -206,6 +206,9 @@ class TrainerConfig:
     precision: str = "bf16"
     """`bf16` (compute in bfloat16, weights stay float32) or `32`."""
 
+    compile: str = neutral("auto")
+    """`auto` (on a GPU, unless compiled code fails or differs from eager), `required` (stop then) or `off`."""
+
     seed: int = 1234
     """Seeds the fresh weights, the order of the samples and every random crop."""
 
@@ -252,6 +255,12 @@ class TrainerConfig:
         require(
             self.precision in ("bf16", "32"),
             f"trainer.precision is {self.precision!r}: set bf16 (float32 weights, bfloat16 compute) or 32",
+        )
+        if self.compile == "False":  # what YAML takes an unquoted off for
+            object.__setattr__(self, "compile", "off")
+        require(
+            self.compile in ("auto", "required", "off"),
+            f"trainer.compile is {self.compile!r}: set auto, required or off",
         )
 
     @property

@@ -15,6 +15,7 @@ from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.training.adversary import Adversary
 from cosmos_hpc.training.agreement import Agreement
 from cosmos_hpc.training.checkpoint import CheckpointStore
+from cosmos_hpc.training.compilation import Compilation
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.optimizer import Optimizer
 from cosmos_hpc.training.parallel import DistributedDataParallel, Groups
@@ -77,6 +78,7 @@ class Run:
     telemetry: Telemetry
     agreement: Agreement
     guard: NonFiniteGuard
+    compilation: Compilation
 
 
 def train(state: TrainState, run: Run) -> Outcome:
@@ -183,7 +185,8 @@ def _validate(state: TrainState, run: Run) -> tuple[ValidationScores, float]:
     started = time.perf_counter()
     run.telemetry.phase("validate", state.step)
     average = state.average.module if state.average is not None and state.step > 0 else None
-    scores = run.validation.run(state.module, run.telemetry.tick, average)
+    with run.compilation.paused():
+        scores = run.validation.run(state.module, run.telemetry.tick, average)
     run.telemetry.show(run.validation.pictures)
     return scores, time.perf_counter() - started
 
