@@ -1,17 +1,19 @@
-"""What `sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]` runs: a run of the file, under its supervisor."""
+"""What `sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]` runs first: lays out its run, and how that starts."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cosmos_hpc import api
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.job import Supervisor
+from cosmos_hpc.config.run_folder import RunFolder, write_atomically
+from cosmos_hpc.launch.batch import single_scripts, start_lines
 from cosmos_hpc.launch.local import locked
-from cosmos_hpc.launch.marks import forget_earlier_cancel
 from cosmos_hpc.launch.placement import lay_out
-from cosmos_hpc.launch.step import slurm_job_id
+from cosmos_hpc.launch.provenance import provenance
+from cosmos_hpc.launch.snapshot import take_snapshot
 from cosmos_hpc.preflight import check_inputs
 
 PATIENCE_S = 120.0
@@ -19,31 +21,37 @@ PATIENCE_S = 120.0
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Lay the run out, at the size of this job, and supervise it.
+    """Lay the run out, at the size of this job, with a copy of the code as it is now.
+
+    Args:
+        arguments: file to write, with the lines that start the supervisor whenever the job starts; then the experiment
+            file and settings on top of it.
 
     Raises:
         ConfigError: outside a job of SLURM, or for settings that can't work.
-        SystemExit: with 1 if the run failed.
     """
-    if not arguments or "SLURM_JOB_ID" not in os.environ:
+    if len(arguments) < 2 or "SLURM_JOB_ID" not in os.environ:
         raise ConfigError("this is for a job of SLURM: sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]")
-    folder = _laid_out(arguments[0], [*_size_of_job(), *arguments[1:], "cluster.executor=slurm"])
-    forget_earlier_cancel(folder, slurm_job_id())
-    Supervisor(folder.path)()
+    start, job, *overrides = arguments
+    folder, code = _laid_out(job, [*_size_of_job(), *overrides, "cluster.executor=slurm"])
+    write_atomically(Path(start), "\n".join(start_lines(code, shlex.quote(str(folder.path)))) + "\n")
 
 
-def _laid_out(job: str, overrides: Sequence[str]) -> RunFolder:
-    """The folder of this job's run; those of the others are made with it, so that all agree on their names."""
+def _laid_out(job: str, overrides: Sequence[str]) -> tuple[RunFolder, Path]:
+    """The folder of this job's run, and its code; the other runs are made with it, so that all agree on their names."""
     experiment = api.plan(job, overrides).experiment
     with locked(experiment.submit_lock, patience_s=PATIENCE_S):
         planned = api.plan(job, overrides)
         configs, folders = [run.config for run in planned.runs], [run.folder for run in planned.placed]
         mine = _element(len(configs))
         check_inputs(configs[mine])
+        code = take_snapshot(experiment)
+        start = {**provenance(), "code": str(code)}
         for index, (config, folder) in enumerate(zip(configs, folders, strict=True)):
             if index == mine or not folder.config.exists():
-                lay_out(config, folder)
-    return folders[mine]
+                lay_out(config, folder, start)
+                folder.script.write_text(single_scripts([(config, folder)], code)[folder])
+    return folders[mine], code
 
 
 def _element(num_runs: int) -> int:
@@ -59,8 +67,11 @@ def _element(num_runs: int) -> int:
 
 
 def _size_of_job() -> list[str]:
-    nodes, tasks = (os.environ.get(f"SLURM_{name}") for name in ("JOB_NUM_NODES", "NTASKS_PER_NODE"))
-    return [f"{key}={value}" for key, value in (("trainer.num_nodes", nodes), ("trainer.devices", tasks)) if value]
+    """Nodes, ranks a node, and the GPUs of this one."""
+    told = {"trainer.num_nodes": "JOB_NUM_NODES", "trainer.devices": "NTASKS_PER_NODE"}
+    size = {key: os.environ.get(f"SLURM_{name}") for key, name in told.items()}
+    size["cluster.gpus_per_node"] = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    return [f"{key}={value}" for key, value in size.items() if value]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.training.adversary import Adversary
 from cosmos_hpc.training.agreement import Agreement
 from cosmos_hpc.training.checkpoint import CheckpointStore
+from cosmos_hpc.training.compilation import Compilation
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.optimizer import Optimizer
 from cosmos_hpc.training.parallel import DistributedDataParallel, Groups
@@ -77,6 +78,7 @@ class Run:
     telemetry: Telemetry
     agreement: Agreement
     guard: NonFiniteGuard
+    compilation: Compilation
 
 
 def train(state: TrainState, run: Run) -> Outcome:
@@ -131,7 +133,7 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
     busy = Stopwatch(device)
     for index in range(num_microbatches):
         waited = time.perf_counter()
-        batch = next(batches).to(device, non_blocking=True)
+        batch = run.groups.upload(next(batches))
         clips, mask = to_unit_range(batch), loss_mask(batch)
         data_time_s += time.perf_counter() - waited
         is_last = index == num_microbatches - 1
@@ -186,7 +188,8 @@ def _validate(state: TrainState, run: Run) -> tuple[ValidationScores, float]:
     started = time.perf_counter()
     run.telemetry.phase("validate", state.step)
     average = state.average.module if state.average is not None and state.step > 0 else None
-    scores = run.validation.run(state.module, run.telemetry.tick, average)
+    with run.compilation.paused():
+        scores = run.validation.run(state.module, run.telemetry.tick, average)
     run.telemetry.show(run.validation.pictures)
     return scores, time.perf_counter() - started
 

@@ -159,3 +159,15 @@ def test_one_name_to_come_after_needs_no_brackets(tmp_path):
     assert list(resolve(load_experiment(job), {}).after) == ["pack_roads"]
     assert list(resolve(load_experiment(job, ["after=1234"]), {}).after) == ["1234"]
     assert list(resolve(load_experiment(job, ["after=[a, b]"]), {}).after) == ["a", "b"]
+
+
+def test_the_cluster_says_how_images_run_unless_the_container_does():
+    cluster = "cluster={executor: slurm, container_mode: enroot}"
+    assert settings(None, cluster, "container.image=/nemo.sqsh").container.mode == "enroot"
+    assert settings(None, cluster, "container={image: /nemo.sqsh, mode: pyxis}").container.mode == "pyxis"
+    assert settings(None, cluster).container.mode == "none"
+    assert settings(None, "cluster=local", "container.image=/nemo.sqsh").container.mode == "none"
+    assert "says how the cluster runs images: set pyxis" in refusal(
+        None, "cluster.executor=slurm", "container.image=/nemo.sqsh"
+    )
+    assert "cluster.container_mode is 'docker': set pyxis or enroot" in refusal(None, "cluster.container_mode=docker")
