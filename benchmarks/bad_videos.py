@@ -7,10 +7,10 @@ second set ten of them are damaged (cut in half, overwritten in the middle, no v
 known that makes each decoder hang, so the decoder's child is made to spin when it is given that one. Each set has a
 loader in a process of its own, and the two take turns, block by block, so that a busy machine is busy for both.
 
-Clips are small and 16 come out of a decode, so that 20,000 take minutes, and the limit is half a second in place of
+Clips are small, and 16 come out of a decode, so that 20,000 take minutes; the limit is half a second in place of
 data.decode_timeout_s' five. A hang costs the limit once in a run: here that is the price of more decodes than five
-seconds are where a clip costs what benchmarks/loader.py says. Memory is what the process and its decoder's child hold
-without their files (proportional set sizes, which of files depend on what else runs).
+seconds are where a clip costs what benchmarks/loader.py says. Memory is what the process, its worker and the decoder's
+child hold without their files (proportional set sizes, which of files depend on what else runs).
 """
 
 import argparse
@@ -27,8 +27,6 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data import decoding
@@ -57,13 +55,12 @@ class Block(NamedTuple):
 def serve(root: Path, asked: Connection) -> None:
     """One loader: gives blocks of clips when asked."""
     decoding.scanned = hanging_scan
-    torch.set_num_threads(1)  # as in a worker
     config = DataConfig(
         path=str(root),
         num_frames=NUM_FRAMES,
         crop_size=CROP,
         micro_batch_size=MICRO,
-        num_workers=0,
+        num_workers=1,
         clips_per_decode=CLIPS_PER_DECODE,
         decode_timeout_s=TIMEOUT_S,
     )
@@ -82,24 +79,24 @@ def hanging_scan(path: str) -> object:
     return scanned(path)
 
 
-def family() -> list[int]:
-    own = os.getpid()
-    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
-    return [own, *map(int, children)]
+def family(pid: int) -> list[int]:
+    """A process, the worker and its decoder's child."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in family(int(child)))]
 
 
 def processor_s() -> float:
-    """Of this process, of the child that decodes and of those that it has waited for."""
+    """Of the family, and of those that it has waited for, such as a child that hung."""
     ticks = 0
-    for pid in family()[1:]:
+    for pid in family(os.getpid()):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return sum(os.times()[:4]) + ticks / os.sysconf("SC_CLK_TCK")
+        ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def memory_mib() -> float:
     held = 0
-    for pid in family():
+    for pid in family(os.getpid()):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                 held += int(line.split()[1])
@@ -173,7 +170,11 @@ def main() -> None:
         for taken in blocks(roots, asked.clips, asked.blocks):
             for name, block in taken.items():
                 found[name].append(block)
-            print("block", *(f"{name} {block.cpu_s:.1f} CPU s" for name, block in taken.items()), flush=True)
+            print(
+                "block",
+                *(f"{name} {block.cpu_s:.1f} CPU s {block.memory_mib:.1f} MiB" for name, block in taken.items()),
+                flush=True,
+            )
         lines = (roots["spoilt"] / "quarantine.jsonl").read_text().splitlines()
     print_table(found, asked.clips)
     print("quarantine.jsonl:", dict(Counter(json.loads(line)["fault"] for line in lines)))

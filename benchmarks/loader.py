@@ -205,16 +205,22 @@ def main() -> None:
 
 def print_table(costs: dict[str, list[Cost]], diversity: dict[str, float]) -> None:
     whole = statistics.median(cost.cpu_s for cost in costs["whole file"])
-    print(
-        f"| what | CPU s a clip, rounds | whole file / this | clips/s of {CORES} cores | distinct frames | peak MiB |"
+    columns = (
+        "CPU s a clip, rounds",
+        "whole file / this",
+        "clips/s a core",
+        f"of {CORES}",
+        "distinct frames",
+        "peak MiB",
     )
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print(f"| what | {' | '.join(columns)} |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, rounds in costs.items():
         cpu = statistics.median(cost.cpu_s for cost in rounds)
         each = " ".join(f"{cost.cpu_s:.3f}" for cost in rounds)
         distinct = f"{diversity[name]:.0%}" if name in diversity else ""
         peak = max(cost.peak_mib for cost in rounds)
-        print(f"| {name} | {each} | {whole / cpu:.1f} | {CORES / cpu:.0f} | {distinct} | {peak:.0f} |")
+        print(f"| {name} | {each} | {whole / cpu:.1f} | {1 / cpu:.1f} | {CORES / cpu:.0f} | {distinct} | {peak:.0f} |")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class ClipBatches(BaseWrapperDataset):
         images: SavableDataset | None,
         decode: DecodeVideo,
         *,
+        begin: Callable[[], None],
         kind_of: Callable[[int, int], ClipKind],
         batch_size: int,
         drops_last: bool,
@@ -76,6 +77,7 @@ class ClipBatches(BaseWrapperDataset):
             videos: Encoded; without end where K is above 1.
             images: Encoded, without end, for the batches of one frame; none: they come from videos as well.
             decode: Gives their clips.
+            begin: Called before the first sample is read.
             kind_of: Tells what a batch looks like, by its stream and its number in this since the start.
             batch_size: B.
             drops_last: Whether a batch that isn't full at the end is left out.
@@ -85,6 +87,7 @@ class ClipBatches(BaseWrapperDataset):
         """
         super().__init__([videos] if images is None else [videos, images], worker_config=worker_config)
         self._decode = decode
+        self._begin = begin
         self._kind_of = kind_of
         self._batch_size = batch_size
         self._drops_last = drops_last
@@ -99,6 +102,7 @@ class ClipBatches(BaseWrapperDataset):
         self._worker_rng = WorkerRng(self.worker_config)
 
     def __iter__(self) -> Iterator[ClipBatch]:
+        self._begin()
         videos, *images = (iter(dataset) for dataset in self.datasets)
         self._to_come = self._video_kinds()
         self._kinds: deque[ClipKind] = deque()

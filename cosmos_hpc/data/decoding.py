@@ -1,5 +1,6 @@
 """Decoding where it can do no harm: in a child process that is killed when it hangs and replaced when it dies."""
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -29,8 +30,15 @@ IDLE_SHARE = 0.05
 """Of the time limit: a decoder that had less of the processor than this while it passed is not at work."""
 
 
+DIED = "died"
+"""What the keeper tells when a process that decoded is dead."""
+
+
 class Request(NamedTuple):
     """What a child is asked for; the video's bytes lie in the memory that both share."""
+
+    number: int
+    """Which one; the answer bears it, as one that waited for a process that died is answered by the next, too."""
 
     kinds: tuple[ClipKind, ...]
     """What each of the K clips out of one decoded stretch looks like."""
@@ -59,7 +67,7 @@ class ClipDecoder:
     """Clips out of encoded videos, through a child process of the one that asks first."""
 
     def __init__(self, timeout_s: float, decoder: str = "decord") -> None:
-        """The child starts with the first clip.
+        """The child starts with `start`, or with the first clip.
 
         Args:
             timeout_s: Seconds of the processor that a call may take. A decoder that sleeps is given as long by the
@@ -69,6 +77,7 @@ class ClipDecoder:
         self._timeout_s = timeout_s
         self._decoder = decoder
         self._child: _Child | None = None
+        self._num_asked = 0
 
     def clips(self, raw: bytes, kinds: Sequence[ClipKind], seed: int | None, mask: bytes | None = None) -> list[Tensor]:
         """Decode clips out of one stretch of a video.
@@ -85,14 +94,20 @@ class ClipDecoder:
         Raises:
             UndecodableError: if the video can't be decoded, is too short, or hangs or kills the decoder.
         """
-        request = Request(tuple(kinds), seed, self._decoder, mask is not None)
+        self._num_asked += 2
+        request = Request(self._num_asked, tuple(kinds), seed, self._decoder, mask is not None)
         try:
             return self._ask(raw, mask, request)
         except EOFError:  # the child died: of the video, or of something that a second one is spared
             try:
-                return self._ask(raw, mask, request)
+                return self._ask(raw, mask, request._replace(number=self._num_asked + 1))
             except EOFError:
                 raise UndecodableError("the decoder crashed twice", Fault.CRASHING) from None
+
+    def start(self) -> None:
+        """Fork now, while the process is small: what it holds then, the child holds as long as it lives."""
+        if self._child is None or self._child.parent != os.getpid():  # a forked process needs one of its own
+            self._child = _Child()
 
     def close(self) -> None:
         """End the child; a further clip starts another."""
@@ -101,16 +116,18 @@ class ClipDecoder:
             self._child = None
 
     def _ask(self, raw: bytes, mask: bytes | None, request: Request) -> list[Tensor]:
-        if self._child is None or self._child.parent != os.getpid():  # a forked process needs one of its own
-            self._child = _Child()
+        self.start()
         child = self._child
+        assert child is not None, "start makes one"
         try:
             error = child.answer(raw, mask, request, self._timeout_s)
+        except DecoderDiedError:
+            raise
         except EOFError:
             self.close()
             raise
         except TimeoutError:
-            self.close()
+            child.replace()
             reason = f"the decoder took more than {self._timeout_s:g} s"
             raise UndecodableError(reason, Fault.HANGING) from None
         if error is not None:
@@ -118,8 +135,16 @@ class ClipDecoder:
         return [clip.clone() for clip in request.clips_in(child.output)]
 
 
+class DecoderDiedError(EOFError):
+    """The process that decodes is dead, and another one in its place."""
+
+
 class _Child:
-    """A decoding process and the memory shared with it."""
+    """A process that keeps one that decodes, and the memory shared with that.
+
+    The keeper is forked early and decodes nothing, so that whatever decodes after a hang is small, too: forked from a
+    worker with its buffers full, it would hold on to what was in them.
+    """
 
     def __init__(self) -> None:
         self.parent = os.getpid()
@@ -127,20 +152,20 @@ class _Child:
         self._mask = os.memfd_create("mask", os.MFD_CLOEXEC)
         self._output = os.memfd_create("clip", os.MFD_CLOEXEC)
         self.output = torch.empty(0, dtype=torch.uint8)
+        self._decoder: list[int] = []
         self._connection, childs_end = Pipe()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_THE_RANK)
-        self._pid = os.fork()
-        if self._pid == 0:
+        keeper = os.fork()
+        if keeper == 0:
             try:
                 self._connection.close()
-                self._serve(childs_end)
+                self._keep(childs_end)
             finally:
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         childs_end.close()
-        self.end = weakref.finalize(
-            self, _end, self.parent, self._pid, self._connection, (self._input, self._mask, self._output)
-        )
+        descriptors = self._input, self._mask, self._output
+        self.end = weakref.finalize(self, _end, self.parent, keeper, self._decoder, self._connection, descriptors)
 
     def answer(self, raw: bytes, mask: bytes | None, request: Request, timeout_s: float) -> UndecodableError | None:
         """Have the clips put into `output`.
@@ -158,37 +183,54 @@ class _Child:
             os.ftruncate(self._output, request.clip_bytes)
             self.output = _mapped(self._output, request.clip_bytes)
         try:
+            if not self._decoder:
+                self._decoder.append(self._connection.recv())
             self._connection.send(request)
-            self._wait(timeout_s)
-            return self._connection.recv()
+            while True:
+                self._wait(timeout_s)
+                found = self._connection.recv()
+                if found == DIED:
+                    self._decoder.clear()
+                    raise DecoderDiedError
+                number, error = found
+                if number == request.number:
+                    return error
+        except TimeoutError:
+            raise
         except OSError as error:
-            if isinstance(error, TimeoutError):
-                raise
             raise EOFError from error
+
+    def replace(self) -> None:
+        """Kill what decodes; the keeper starts another."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._decoder[0], signal.SIGKILL)
+        with contextlib.suppress(EOFError, OSError):  # the next call finds that the keeper is dead
+            while self._connection.recv() != DIED:
+                pass
+        self._decoder.clear()
 
     def _wait(self, timeout_s: float) -> None:
         """Until there is an answer.
 
         Raises:
-            TimeoutError: if the child has used up its time, or sleeps.
+            TimeoutError: if the decoder has used up its time, or sleeps.
         """
-        first = before = _processor_s(self._pid)
+        (pid,) = self._decoder
+        first = before = _processor_s(pid)
         asked = time.monotonic()
         while not self._connection.poll(timeout_s):
-            now, used = time.monotonic(), _processor_s(self._pid)
+            now, used = time.monotonic(), _processor_s(pid)
             was_stopped = now - asked > 2 * timeout_s  # with its parent: it had no chance
-            sleeps = used - before < IDLE_SHARE * timeout_s and not _is_runnable(self._pid)
+            sleeps = used - before < IDLE_SHARE * timeout_s and not _is_runnable(pid)
             if not was_stopped and (used - first >= timeout_s or sleeps):
                 if self._connection.poll():  # it sleeps since it has answered, while this process had no processor
                     return
                 raise TimeoutError
             asked, before = now, used
 
-    def _serve(self, connection: Connection) -> None:
-        """In the child: answer until the parent is gone."""
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.parent:
-            return
+    def _keep(self, connection: Connection) -> None:
+        """In the child: have a process that decodes, until one leaves by itself."""
+        _live_only_below(self.parent)
         signal.set_wakeup_fd(-1)
         for number in SIGNALS_TO_THE_RANK:
             signal.signal(number, signal.SIG_IGN)
@@ -196,22 +238,40 @@ class _Child:
         gc.enable()
         gc.freeze()
         torch.set_num_threads(1)  # a pool of threads doesn't outlive a fork
-        output = torch.empty(0, dtype=torch.uint8)
+        keeper = os.getpid()
         while True:
-            try:
-                request = connection.recv()
-            except EOFError:
+            decoder = os.fork()
+            if decoder == 0:
+                _live_only_below(keeper)
+                connection.send(os.getpid())
+                self._serve(connection)
+                os._exit(0)
+            _, status = os.waitpid(decoder, 0)
+            if status == 0:
                 return
+            connection.send(DIED)
+
+    def _serve(self, connection: Connection) -> None:
+        """In the child's child: answer until there is no more to do."""
+        output = torch.empty(0, dtype=torch.uint8)
+        while (request := connection.recv()) is not None:
             if len(output) < request.clip_bytes:
                 output = _mapped(self._output, request.clip_bytes)
             try:
                 video, mask = (f"/proc/self/fd/{descriptor}" for descriptor in (self._input, self._mask))
                 cut_clips(video, mask, request, request.clips_in(output))
-                connection.send(None)
+                connection.send((request.number, None))
             except UndecodableError as error:
-                connection.send(error)
+                connection.send((request.number, error))
             except Exception as error:  # reaches the user as the reason
-                connection.send(UndecodableError(f"{type(error).__name__}: {error}"))
+                connection.send((request.number, UndecodableError(f"{type(error).__name__}: {error}")))
+
+
+def _live_only_below(parent: int) -> None:
+    """Die with the process that forked this one."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 def cut_clips(video: str, mask: str, request: Request, output: Sequence[Tensor]) -> None:
@@ -327,10 +387,14 @@ def _fields(stat: Path) -> list[str]:
     return stat.read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
-def _end(parent: int, pid: int, connection: Connection, descriptors: tuple[int, ...]) -> None:
+def _end(parent: int, keeper: int, decoder: list[int], connection: Connection, descriptors: tuple[int, ...]) -> None:
+    if parent == os.getpid() and decoder:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(decoder[0], signal.SIGKILL)  # it may hang
+    if parent == os.getpid():
+        with contextlib.suppress(OSError):
+            connection.send(None)  # whatever decodes now, and with it the keeper, leaves
+        os.waitpid(keeper, 0)
     connection.close()
     for descriptor in descriptors:
         os.close(descriptor)
-    if parent == os.getpid():
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)

@@ -123,6 +123,7 @@ class ClipTaskEncoder(RawTaskEncoder):
             dataset,
             self.images,
             self.decode,
+            begin=self.clip_decoder.start,
             kind_of=self.kind_of,
             batch_size=batch_size or 1,
             drops_last=batch_drop_last,

@@ -210,15 +210,19 @@ def test_answer_that_comes_at_the_limit_of_a_busy_machine_is_taken(data_config, 
     assert not loader.skipped
 
 
-def test_decoder_that_dies_for_another_reason_is_replaced_without_loss(data_config, train_loader):
+@pytest.mark.parametrize("num_below", [0, 1])
+def test_decoder_that_dies_for_another_reason_is_replaced_without_loss(data_config, train_loader, num_below):
+    """Below the worker is what keeps a decoder, and below that the decoder."""
     config = data_config(num_workers=1)
     undisturbed = take(train_loader(config), 8)
     loader = train_loader(config)
     before = set(children_of(os.getpid()))
     batches = take(loader, 2)
     (worker,) = set(children_of(os.getpid())) - before
-    (decoder,) = children_of(worker)
-    os.kill(decoder, signal.SIGKILL)
+    (child,) = children_of(worker)
+    for _ in range(num_below):
+        (child,) = children_of(child)
+    os.kill(child, signal.SIGKILL)
     assert equal(batches + take(loader, 6), undisturbed)
     assert loader.skipped.total() == 0
 
@@ -234,10 +238,11 @@ def test_decoder_dies_with_its_rank(data_config):
     rank.stdin.write(pickle.dumps(data_config()))
     rank.stdin.close()
     assert rank.stdout.readline() == b"ready\n"
-    (decoder,) = children_of(rank.pid)
+    (keeper,) = children_of(rank.pid)
+    (decoder,) = children_of(keeper)
     rank.kill()
     rank.wait()
-    assert gone([decoder], within_s=5)
+    assert gone([keeper, decoder], within_s=20)
 
 
 # damaged shards
