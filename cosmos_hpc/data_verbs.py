@@ -33,6 +33,12 @@ def pack(
     split_s: Annotated[
         float | None, typer.Option(help="Cut longer videos, at key frames, into parts of at least so many seconds.")
     ] = None,
+    split_scenes: Annotated[
+        bool,
+        typer.Option(
+            "--split-scenes", help="Cut videos where another scene begins, up to whose first key frame is left out."
+        ),
+    ] = False,
     gop: Annotated[
         int | None, typer.Option(help="Encode anew (H.264), with a key frame every so many frames: cheap to decode.")
     ] = None,
@@ -61,6 +67,7 @@ def pack(
         min_frames=min_frames,
         group_by=group_by,
         split_s=split_s,
+        split_scenes=split_scenes,
         gop=gop,
         height=height,
         crf=crf,
