@@ -29,10 +29,10 @@ def test_pyxis_takes_images_as_people_write_them(image, uri):
 
 
 def test_plain_enroot_mounts_and_names_variables_without_their_values():
-    container = ContainerConfig(mode="enroot", image="nemo", mounts=("/data:/data",), environment={"TOKEN": "secret"})
+    container = ContainerConfig(mode="enroot", image="nemo", mounts=("/data:/data",), environment={"FLAVOR": "secret"})
     flags, command = container_prefix(container, ("/run:/run",))
     assert flags == []
     assert command[:2] == ["bash", "-c"]
     assert "--mount /run:/run --mount /data:/data nemo" in command[2]
-    assert "TOKEN" in command[2]
+    assert "FLAVOR" in command[2]
     assert "secret" not in " ".join(command)
