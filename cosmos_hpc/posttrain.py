@@ -1,49 +1,56 @@
-"""What `sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]` runs: a run of the file, under its supervisor."""
+"""What `sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]` runs: lays a run out and becomes its supervisor."""
 
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from cosmos_hpc import api
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.job import Supervisor
+from cosmos_hpc.launch.batch import SUPERVISOR
+from cosmos_hpc.launch.container import check_container
 from cosmos_hpc.launch.local import locked
-from cosmos_hpc.launch.marks import forget_earlier_cancel
 from cosmos_hpc.launch.placement import lay_out
-from cosmos_hpc.launch.step import slurm_job_id
+from cosmos_hpc.launch.provenance import provenance
+from cosmos_hpc.launch.snapshot import take_snapshot
+from cosmos_hpc.launch.step import needed_paths
 from cosmos_hpc.preflight import check_inputs
 
 PATIENCE_S = 120.0
 """How long the elements of an array wait for each other to lay their runs out."""
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Lay the run out, at the size of this job, and supervise it.
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Lay the run out, at the size of this job, and become its supervisor, from a copy of the code.
 
     Raises:
         ConfigError: outside a job of SLURM, or for settings that can't work.
-        SystemExit: with 1 if the run failed.
     """
     if not arguments or "SLURM_JOB_ID" not in os.environ:
         raise ConfigError("this is for a job of SLURM: sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]")
-    folder = _laid_out(arguments[0], [*_size_of_job(), *arguments[1:], "cluster.executor=slurm"])
-    forget_earlier_cancel(folder, slurm_job_id())
-    Supervisor(folder.path)()
+    folder, code = _laid_out(arguments[0], [*_size_of_job(), *arguments[1:], "cluster.executor=slurm"])
+    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    os.execv(sys.executable, [sys.executable, *SUPERVISOR.split(), str(folder.path)])
 
 
-def _laid_out(job: str, overrides: Sequence[str]) -> RunFolder:
-    """The folder of this job's run; those of the others are made with it, so that all agree on their names."""
+def _laid_out(job: str, overrides: Sequence[str]) -> tuple[RunFolder, Path]:
+    """The folder of this job's run, and of its code; other runs are laid out with it, so that all agree on names."""
     experiment = api.plan(job, overrides).experiment
     with locked(experiment.submit_lock, patience_s=PATIENCE_S):
         planned = api.plan(job, overrides)
         configs, folders = [run.config for run in planned.runs], [run.folder for run in planned.placed]
         mine = _element(len(configs))
         check_inputs(configs[mine])
+        check_container(configs[mine].container, needed_paths(configs[mine], folders[mine]))
+        code = take_snapshot(experiment)
+        start = {**provenance(), "code": str(code)}
         for index, (config, folder) in enumerate(zip(configs, folders, strict=True)):
             if index == mine or not folder.config.exists():
-                lay_out(config, folder)
-    return folders[mine]
+                lay_out(config, folder, start)
+    return folders[mine], code
 
 
 def _element(num_runs: int) -> int:

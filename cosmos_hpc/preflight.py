@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
+from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, metadataset_parts, split_sizes
+from cosmos_hpc.launch.images import images_folder, squashfs_of
 
 
 def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
@@ -56,6 +57,33 @@ def with_num_steps(run: RunConfig) -> RunConfig:
     steps = -(-epochs * split_sizes(path)["train"] // run.data.global_batch_size)
     trainer = dataclasses.replace(run.trainer, max_steps=min(run.trainer.max_steps, steps))
     return dataclasses.replace(run, trainer=trainer)
+
+
+def with_local_image(run: RunConfig) -> RunConfig:
+    """The run with its container's image as a squashfs file, and with mounts of what a blended dataset reads.
+
+    Raises:
+        ConfigError: if no image of that name was imported.
+    """
+    container = run.container
+    if container.mode == "none":
+        return run
+    file = squashfs_of(container)
+    if file is None:
+        digest = f"@{container.digest}" if container.digest else ""
+        raise ConfigError(
+            f"container.image is {container.image}{digest}, which is not in {images_folder()} (COSMOS_HPC_IMAGES): run "
+            f"`cosmos-hpc image import {container.image}{digest}` first"
+        )
+    blended = [path for name in (run.data.path, run.data.general_path) if name for path in _parts_of(Path(name))]
+    mounts = dict.fromkeys((*container.mounts, *(f"{path}:{path}" for path in blended)))
+    return dataclasses.replace(run, container=dataclasses.replace(container, image=str(file), mounts=tuple(mounts)))
+
+
+def _parts_of(path: Path) -> list[Path]:
+    if not is_metadataset(path):
+        return []
+    return [part.resolve() for split in ("train", "val") for part in metadataset_parts(path, split)]
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:

@@ -40,7 +40,7 @@ class ContainerConfig:
     """Python inside the image, or one that a mount brings along."""
 
     mounts: tuple[str, ...] = ()
-    """SOURCE:TARGET[:ro] of further folders that the ranks see; package, run folder, data and weights are there."""
+    """SOURCE:TARGET[:ro] (or :ro+nosuid) of further folders; package, run folder, data and weights are there."""
 
     environment: dict[str, str] = field(default_factory=dict)
     """Variables set inside the container; secrets are exported before the submission instead."""
@@ -49,7 +49,7 @@ class ContainerConfig:
     """Whether the image's own files can be written; the next start may find them as they were."""
 
     mount_home: bool = False
-    """Whether the user's home is there; if not, HOME is the scratch folder."""
+    """Whether the user's home is there; if not, HOME is /tmp."""
 
     scratch: str | None = expands(None)
     """Folder on a disk of each node, such as /raid: there for the ranks as TMPDIR, and where plain enroot unpacks
