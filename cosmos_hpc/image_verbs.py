@@ -109,6 +109,22 @@ def list_images(as_json: Json = False) -> None:
 
 
 @image.command()
+def describe(
+    file: Annotated[Path, typer.Argument(help="Squashfs file that was not made by `image import`.")],
+    as_json: Json = False,
+) -> None:
+    """Write beside a squashfs file what is inside, as `import` does, for `list` and `doctor`."""
+    from cosmos_hpc.launch.image_import import describe as describe_file
+    from cosmos_hpc.launch.images import PACKAGES
+
+    manifest = describe_file(file)
+    if as_json:
+        print(json.dumps(asdict(manifest), indent=1))
+        return
+    print(f"{file}: " + ", ".join(f"{name} {manifest.packages.get(name, 'is missing')}" for name in PACKAGES))
+
+
+@image.command()
 def remove(
     name: Annotated[str, typer.Argument(help="Image, beginning of a digest, or file.")],
 ) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cosmos_hpc.config.container_schema import ContainerConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.launch.images import SUFFIXES
+from cosmos_hpc.launch.images import SUFFIXES, images_folder
 
 ENROOT_START = Path(__file__).with_name("enroot_start.sh")
 
@@ -102,12 +102,8 @@ def check_container(container: ContainerConfig, paths: dict[str, Path]) -> None:
     """
     if container.mode == "none":
         return
-    image = Path(container.image or "")
-    if image.suffix not in SUFFIXES or not image.is_file():
-        raise ConfigError(
-            f"container.image is {container.image}, where there is no squashfs file: import it first with "
-            "`cosmos-hpc image import`, see `cosmos-hpc image list`"
-        )
+    if (missing := missing_image(container)) is not None:
+        raise ConfigError(missing)
     if container.hooks is not None and not Path(container.hooks).is_file():
         raise ConfigError(f"container.hooks is {container.hooks}, which is no file: check the path")
     for name, path in paths.items():
@@ -121,6 +117,20 @@ def check_container(container: ContainerConfig, paths: dict[str, Path]) -> None:
                 )
         if re.search(r"[\s,:]", str(path)):
             raise ConfigError(f"{name} is {path}, but mounts of a container allow no space, comma or colon: rename it")
+
+
+def missing_image(container: ContainerConfig) -> str | None:
+    """What is told of an image that is not there, with the mend; none where it is."""
+    image = Path(container.image or "")
+    if image.suffix not in SUFFIXES:
+        name = f"{container.image}@{container.digest}" if container.digest else container.image
+        return (
+            f"container.image is {name}, which is not in {images_folder()} (COSMOS_HPC_IMAGES): run `cosmos-hpc image "
+            f"import {name}` first"
+        )
+    if not image.is_file():
+        return f"container.image is {image}, which is no file: check the path, or see `cosmos-hpc image list`"
+    return None
 
 
 def _pyxis_flags(container: ContainerConfig, mounts: Sequence[str], workdir: Path, names: Sequence[str]) -> list[str]:

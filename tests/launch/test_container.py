@@ -214,9 +214,15 @@ def test_a_link_into_tmp_is_seen_through(container, tmp_path):
         link.unlink()
 
 
-def test_an_image_that_is_not_there_is_refused_with_the_command_that_brings_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"no squashfs file: import it first with `cosmos-hpc image import`"):
+def test_an_image_that_is_not_there_is_refused_with_the_command_that_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("COSMOS_HPC_IMAGES", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"which is no file: check the path, or see `cosmos-hpc image list`"):
         check_container(ContainerConfig(mode="pyxis", image="/shared/gone.sqsh"), {})
-    hooked = ContainerConfig(mode="enroot", image="/shared/gone.sqsh", hooks="/shared/gone.sh")
-    with pytest.raises(ConfigError, match=r"container.image is"):
-        check_container(hooked, {})
+    name = "nvcr.io/nvidia/nemo:25.02"
+    with pytest.raises(ConfigError, match=rf"not in {tmp_path} .*run `cosmos-hpc image import {name}` first"):
+        check_container(ContainerConfig(mode="pyxis", image=name), {})
+
+
+def test_a_configuration_script_that_is_not_there_is_refused(container):
+    with pytest.raises(ConfigError, match=r"container.hooks is /shared/gone.sh, which is no file"):
+        check_container(dataclasses.replace(container, hooks="/shared/gone.sh"), {})
