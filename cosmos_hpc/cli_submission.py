@@ -64,7 +64,11 @@ def submit(
     prune: Annotated[bool, typer.Option("--prune", help="Cancel runs that the file does not make any more.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send what is missing of an experiment: finished, failed and running runs are left alone, broken ones go on."""
+    """Send what is missing of an experiment: finished, failed and running runs are left alone, broken ones go on.
+
+    What `after` names in the file has to be finished first: jobs wait for it in the queue, runs of this machine are
+    refused until it is.
+    """
     from cosmos_hpc import api
     from cosmos_hpc.tables import print_json
 

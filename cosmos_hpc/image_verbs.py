@@ -147,7 +147,7 @@ def _named(source: str) -> tuple[str, str | None]:
     from cosmos_hpc.config.load import load_experiment, resolve
     from cosmos_hpc.launch.images import SUFFIXES
 
-    container = resolve(load_experiment(None, [f"container={source}"]), {}).container
+    container = resolve(load_experiment(None, [f"container={source}", "cluster=local"]), {}).container
     if container.image is None or container.image.endswith(SUFFIXES):
         raise ConfigError(
             f"{source}: container.image is {container.image}, but only a registry's image can be imported"

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, metadataset_parts, split_sizes
+from cosmos_hpc.data.dataset_index import (
+    check_dataset,
+    is_metadataset,
+    is_remote,
+    metadataset_parts,
+    split_sizes,
+    tells_its_size,
+)
 from cosmos_hpc.launch.images import squashfs_of
 
 
@@ -28,9 +35,11 @@ def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
     check_dataset(run.data.path)
     if run.data.general_path is not None:
         check_dataset(run.data.general_path, needed=("val",), setting="data.general_path")
-    path = Path(run.data.path or "")
+    if run.data.image_path is not None:
+        check_dataset(run.data.image_path, needed=("train",), setting="data.image_path")
+    path = str(run.data.path)
     streams = run.num_streams
-    samples = None if is_metadataset(path) else split_sizes(path)["train"]
+    samples = split_sizes(Path(path))["train"] if tells_its_size(path) else None
     if samples is not None and samples < max(streams, run.trainer.world_size):
         ranks = run.trainer.world_size
         raise ConfigError(
@@ -48,13 +57,12 @@ def with_num_steps(run: RunConfig) -> RunConfig:
     epochs = run.trainer.max_epochs
     if epochs is None:
         return run
-    path = Path(run.data.path or "")
-    if is_metadataset(path):
-        raise ConfigError(
-            f"trainer.max_epochs is {epochs}, but {path} blends datasets and has no end: set trainer.max_steps instead"
-        )
     check_dataset(run.data.path, needed=("train",))
-    steps = -(-epochs * split_sizes(path)["train"] // run.data.global_batch_size)
+    path = str(run.data.path)
+    if not tells_its_size(path):
+        what = "is not counted beforehand" if is_remote(path) else "blends datasets and has no end"
+        raise ConfigError(f"trainer.max_epochs is {epochs}, but {path} {what}: set trainer.max_steps instead")
+    steps = -(-epochs * split_sizes(Path(path))["train"] // run.data.global_batch_size)
     trainer = dataclasses.replace(run.trainer, max_steps=min(run.trainer.max_steps, steps))
     return dataclasses.replace(run, trainer=trainer)
 
@@ -69,7 +77,8 @@ def with_local_image(run: RunConfig) -> RunConfig:
     if container.mode == "none":
         return run
     file = squashfs_of(container)
-    blended = [path for name in (run.data.path, run.data.general_path) if name for path in _parts_of(Path(name))]
+    datasets = (run.data.path, run.data.general_path, run.data.image_path)
+    blended = [part for path in datasets if path for part in _parts_of(Path(path))]
     mounts = dict.fromkeys((*container.mounts, *(f"{path}:{path}" for path in blended)))
     image = container.image if file is None else str(file)
     return dataclasses.replace(run, container=dataclasses.replace(container, image=image, mounts=tuple(mounts)))
@@ -78,7 +87,8 @@ def with_local_image(run: RunConfig) -> RunConfig:
 def _parts_of(path: Path) -> list[Path]:
     if not is_metadataset(path):
         return []
-    return [part.resolve() for split in ("train", "val") for part in metadataset_parts(path, split)]
+    parts = [part for split in ("train", "val") for part in metadataset_parts(path, split)]
+    return [part.resolve() for part in parts if "://" not in str(part) and ":/" not in str(part)]
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:

@@ -60,7 +60,8 @@ def test_the_page_on_containers_names_settings_variables_and_files_that_there_ar
 
 def test_profiles_of_containers_are_settings_that_load():
     for file in sorted(ROOT.glob("enroot/*.yaml")):
-        assert resolve(load_experiment(None, [f"container={file}"]), {}).container.mode != "none", file
+        run = resolve(load_experiment(None, ["cluster=slurm/h100.yaml", f"container={file}"]), {})
+        assert run.container.mode == run.cluster.container_mode != "none", file
 
 
 def test_each_example_opens_with_what_names_it():

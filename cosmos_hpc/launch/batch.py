@@ -85,6 +85,20 @@ def single_scripts(runs: Sequence[tuple[RunConfig, RunFolder]], code: Path) -> d
     return texts
 
 
+def start_lines(code: Path, run: str) -> list[str]:
+    """What a script does to start the supervisor of a run with some code.
+
+    Args:
+        code: folder of the snapshot.
+        run: its folder, as a word of bash.
+    """
+    return [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",
+        f"{shlex.quote(sys.executable)} {SUPERVISOR} {run}",
+    ]
+
+
 def run_of(script: Path, job: str) -> RunFolder | None:
     """The run of a job that came of a script; none if the script is gone or is none of ours.
 
@@ -154,15 +168,11 @@ def _text(group: list[tuple[RunConfig, RunFolder]], code: Path, max_parallel: in
     executor = _executor(run, folder.experiment, max_parallel)._executor
     if len(group) > 1:
         executor.parameters["map_count"] = len(group)  # as submitit does for an array
-    python, paths = shlex.quote(sys.executable), [shlex.quote(str(folder.path)) for _, folder in group]
-    lines = [
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",
-    ]
+    paths = [shlex.quote(str(folder.path)) for _, folder in group]
     if len(group) == 1:
-        lines.append(f"{python} {SUPERVISOR} {paths[0]}")
+        lines = start_lines(code, paths[0])
     else:
-        lines += ["runs=(", *paths, ")", f'{python} {SUPERVISOR} "${{runs[$SLURM_ARRAY_TASK_ID]}}"']
+        lines = ["runs=(", *paths, ")", *start_lines(code, '"${runs[$SLURM_ARRAY_TASK_ID]}"')]
     return str(executor._make_submission_file_text("\n".join(lines), "")) + "\n"
 
 

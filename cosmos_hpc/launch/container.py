@@ -13,7 +13,7 @@ ENROOT_START = Path(__file__).with_name("enroot_start.sh")
 
 PASSED_IN = (
     "SLURM_.*|PMI_.*|PMIX_.*|MASTER_.*|NCCL_.*|TORCH_.*|GLOO_.*|UCX_.*|FI_.*|OMP_.*|CUDA_.*|NVIDIA_.*|MELLANOX_.*"
-    "|WANDB_.*|HF_.*|AWS_.*|COSMOS_HPC_.*|TMPDIR|PYTHONUNBUFFERED|PYTHONSAFEPATH|(HTTPS?|NO|https?|no)_(PROXY|proxy)"
+    "|WANDB_.*|HF_.*|AWS_.*|MSC_.*|COSMOS_HPC_.*|TMPDIR|PYTHONUNBUFFERED|PYTHONSAFEPATH|(HTTPS?|NO|https?|no)_(PROXY|proxy)"
 )
 """Variables that a rank may need, as an extended regular expression: plain enroot passes none by itself."""
 

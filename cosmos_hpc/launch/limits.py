@@ -2,12 +2,12 @@
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.fields import require
 from cosmos_hpc.config.schema import RunConfig
 
 SINFO = ("sinfo", "--noheader", "--format=%P|%l|%D|%c|%G")
@@ -34,6 +34,35 @@ class Partition:
 
     gpus_per_node: int
     """Of the node that has the most."""
+
+
+class Misfit(NamedTuple):
+    """What a run asks for and its partition does not have."""
+
+    limit: str
+    """`partition`, or a field of `Partition`."""
+
+    message: str
+    """With the setting, what the partition allows, and the mend."""
+
+
+COMPARED: dict[str, tuple[Callable[[RunConfig], int], str]] = {
+    "time_limit_min": (
+        lambda run: run.cluster.time_limit_min,
+        "cluster.time_limit_min is {wanted}, but {name} allows {most:g}: set that or less, runs go on in the next job",
+    ),
+    "num_nodes": (lambda run: run.trainer.num_nodes, "trainer.num_nodes is {wanted}, but {name} has {most}: set fewer"),
+    "gpus_per_node": (
+        lambda run: run.gpus_per_node,
+        "trainer.devices (cluster.gpus_per_node) asks for {wanted} GPUs a node, but nodes of {name} have {most}: set "
+        "that or less (cluster.gpus_per_node=0: none), or another partition",
+    ),
+    "cpus_per_node": (
+        lambda run: run.trainer.devices * (run.cluster.cpus_per_task or 1),
+        "trainer.devices x cluster.cpus_per_task is {wanted}, but nodes of {name} have {most} CPUs: set fewer",
+    ),
+}
+"""Each limit of a partition: what of a run is compared with it, and what is said where that is more."""
 
 
 def partitions() -> dict[str, Partition]:
@@ -68,9 +97,29 @@ def check_fits(runs: Sequence[RunConfig]) -> None:
         ConfigError: with the setting, what the partition allows, and the mend.
     """
     there = partitions()
-    for run in dict.fromkeys((run.cluster.partition, run.cluster.time_limit_min, run.trainer.num_nodes, _gpus_of(run),
-                              run.trainer.devices, run.cluster.cpus_per_task) for run in runs):  # fmt: skip
-        _check_fits(*run, there)
+    for misfit in (misfit for run in runs for misfit in misfits(run, there)):
+        raise ConfigError(misfit.message)
+
+
+def misfits(run: RunConfig, there: Mapping[str, Partition]) -> Iterator[Misfit]:
+    """All that a run asks for beyond what its partition has, or the largest of those that it may start in.
+
+    Args:
+        run: for SLURM.
+        there: from `partitions`.
+    """
+    asked, mend = run.cluster.partition, f"set {' or '.join(there)}"
+    names = asked.split(",") if asked else [row.name for row in there.values() if row.is_default]
+    if not names:
+        yield Misfit("partition", f"cluster.partition is not set, and this cluster has no default: {mend}")
+    elif not set(names) <= set(there):
+        yield Misfit("partition", f"cluster.partition is {asked}, which this cluster does not have: {mend}")
+    else:
+        for limit, (wanted, words) in COMPARED.items():
+            most = max(getattr(there[name], limit) for name in names)
+            if wanted(run) > most:
+                name = f"partition {' and '.join(names)}"
+                yield Misfit(limit, words.format(wanted=wanted(run), most=most, name=name))
 
 
 def largest_array() -> int:
@@ -85,48 +134,6 @@ def largest_array() -> int:
         raise ConfigError("scontrol does not answer: run this on a node of the cluster, see `scontrol ping`") from None
     said = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
     return int(said[1]) if said else 1001  # SLURM's own default
-
-
-def _check_fits(
-    partition: str | None,
-    time_limit_min: int,
-    num_nodes: int,
-    gpus: int,
-    devices: int,
-    cpus_per_task: int | None,
-    there: dict[str, Partition],
-) -> None:
-    names = partition.split(",") if partition else [row.name for row in there.values() if row.is_default]
-    unknown = [name for name in names if name not in there]
-    require(not unknown, f"cluster.partition is {partition}, which this cluster does not have: "
-            f"set {' or '.join(there)}")  # fmt: skip
-    require(bool(names), f"cluster.partition is not set, and this cluster has no default: set {' or '.join(there)}")
-    rows = [there[name] for name in names]
-    name = " and ".join(names)
-    most = max(row.time_limit_min for row in rows)
-    require(
-        time_limit_min <= most,
-        f"cluster.time_limit_min is {time_limit_min}, but partition {name} allows {most:g}: "
-        f"set that or less, a run goes on in its next job",
-    )
-    most = max(row.num_nodes for row in rows)
-    require(num_nodes <= most, f"trainer.num_nodes is {num_nodes}, but partition {name} has {most}: set fewer")
-    most = max(row.gpus_per_node for row in rows)
-    require(
-        gpus <= most,
-        f"trainer.devices (cluster.gpus_per_node) asks for {gpus} GPUs a node, but nodes of partition {name} have "
-        f"{most}: set {f'{most} or less' if most else 'cluster.gpus_per_node=0, or another partition'}",
-    )
-    most = max(row.cpus_per_node for row in rows)
-    require(
-        devices * (cpus_per_task or 1) <= most,
-        f"trainer.devices x cluster.cpus_per_task = {devices} x {cpus_per_task or 1}, but nodes of partition {name} "
-        f"have {most} CPUs: set fewer",
-    )
-
-
-def _gpus_of(run: RunConfig) -> int:
-    return run.trainer.devices if run.cluster.gpus_per_node is None else run.cluster.gpus_per_node
 
 
 def _larger(one: Partition, other: Partition) -> Partition:
