@@ -90,6 +90,8 @@ def list_images(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([{"file": str(file), **asdict(manifest)} for file, manifest in found], indent=1))
         return
+    for file in sorted(images_folder().glob(".*.partial")):
+        print(f"being imported: {file.name.removeprefix('.').removesuffix('.partial')}, {_mib(file)} MiB written")
     if not found:
         print(f"no images in {images_folder()} (COSMOS_HPC_IMAGES); see: cosmos-hpc image import")
         return
@@ -138,6 +140,10 @@ def remove(
     file.unlink()
     manifest_file(file).unlink(missing_ok=True)
     print(f"removed {file}")
+
+
+def _mib(file: Path) -> int:
+    return (file.stat().st_size if file.exists() else 0) >> 20
 
 
 def _named(source: str) -> tuple[str, str | None]:
