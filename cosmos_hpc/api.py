@@ -35,7 +35,7 @@ from cosmos_hpc.launch.requests import requeue as requeue_run
 from cosmos_hpc.launch.status import RunStatus, cancel_all, find_runs, run_statuses
 from cosmos_hpc.launch.submit import Submission, planned_batches
 from cosmos_hpc.launch.submit import submit as send
-from cosmos_hpc.preflight import check_inputs, with_local_weights, with_num_steps
+from cosmos_hpc.preflight import check_inputs, with_local_image, with_local_weights, with_num_steps
 
 __all__ = [
     "ConfigError",
@@ -211,7 +211,8 @@ def logs(name: str, rank: int = 0, attempt: int | None = None, *, follows: bool 
 def _read(job: Path | str, overrides: Sequence[str]) -> tuple[list[PlannedRun], ExperimentFolder, int | None]:
     experiment = load_experiment(Path(job), overrides)
     planned = [
-        dataclasses.replace(run, config=with_local_weights(with_num_steps(run.config))) for run in expand(experiment)
+        dataclasses.replace(run, config=with_local_image(with_local_weights(with_num_steps(run.config))))
+        for run in expand(experiment)
     ]
     folder = ExperimentFolder(runs_folder() / planned[0].config.name)
     return planned, folder, experiment.sweep.max_parallel

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.dataset_index import check_dataset, is_remote, split_sizes, tells_its_size
+from cosmos_hpc.data.dataset_index import (
+    check_dataset,
+    is_metadataset,
+    is_remote,
+    metadataset_parts,
+    split_sizes,
+    tells_its_size,
+)
+from cosmos_hpc.launch.images import squashfs_of
 
 
 def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
@@ -57,6 +65,30 @@ def with_num_steps(run: RunConfig) -> RunConfig:
     steps = -(-epochs * split_sizes(Path(path))["train"] // run.data.global_batch_size)
     trainer = dataclasses.replace(run.trainer, max_steps=min(run.trainer.max_steps, steps))
     return dataclasses.replace(run, trainer=trainer)
+
+
+def with_local_image(run: RunConfig) -> RunConfig:
+    """The run with its container's image as a squashfs file, where it was imported, and mounts of a dataset's parts.
+
+    Raises:
+        ConfigError: if `container.image` can be no image.
+    """
+    container = run.container
+    if container.mode == "none":
+        return run
+    file = squashfs_of(container)
+    datasets = (run.data.path, run.data.general_path, run.data.image_path)
+    blended = [part for path in datasets if path for part in _parts_of(Path(path))]
+    mounts = dict.fromkeys((*container.mounts, *(f"{path}:{path}" for path in blended)))
+    image = container.image if file is None else str(file)
+    return dataclasses.replace(run, container=dataclasses.replace(container, image=image, mounts=tuple(mounts)))
+
+
+def _parts_of(path: Path) -> list[Path]:
+    if not is_metadataset(path):
+        return []
+    parts = [part for split in ("train", "val") for part in metadataset_parts(path, split)]
+    return [part.resolve() for part in parts if "://" not in str(part) and ":/" not in str(part)]
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from cosmos_hpc.config.container_schema import ContainerConfig, refuse_secrets
 from cosmos_hpc.config.fields import expands, neutral, require
 from cosmos_hpc.config.loss_schema import LossConfig
 
@@ -406,33 +407,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContainerConfig:
-    """The image that the ranks run in. Named in YAML by a file under enroot/."""
-
-    mode: str = "none"
-    """`none` (the ranks run on the host), `pyxis` (flags of srun) or `enroot` (the plain command)."""
-
-    image: str | None = expands(None)
-    """Squashfs file on the shared file system, or a registry path such as nvcr.io/nvidia/nemo:25.02 (pyxis only)."""
-
-    mounts: tuple[str, ...] = ()
-    """SOURCE:TARGET[:ro] of each folder that the ranks see."""
-
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables set inside the container."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.mode in ("none", "pyxis", "enroot"),
-            f"container.mode is {self.mode!r}: set none, pyxis or enroot",
-        )
-        require(
-            self.mode == "none" or self.image is not None,
-            f"container.mode is {self.mode}, but container.image is not set: name a squashfs file",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class RestartConfig:
     """How often the ranks are started again after faults of each kind that follow without a new checkpoint between."""
 
@@ -563,6 +537,7 @@ class ClusterConfig:
         for name in ("time_limit_min", "grace_s"):
             value = getattr(self, name)
             require(value >= 1, f"cluster.{name} is {value}, but must be at least 1")
+        refuse_secrets(self.environment, "cluster.environment")
         require(self.health_check_s >= 0, f"cluster.health_check_s is {self.health_check_s}, but can't be negative")
 
 

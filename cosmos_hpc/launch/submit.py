@@ -16,6 +16,7 @@ from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atom
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.after import jobs_before
 from cosmos_hpc.launch.batch import Batch, batches, single_scripts
+from cosmos_hpc.launch.container import check_container
 from cosmos_hpc.launch.limits import check_fits, largest_array
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.marks import mark_sent, settle_locked
@@ -24,7 +25,7 @@ from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.queue import cancel_jobs, own_jobs_by_script
 from cosmos_hpc.launch.snapshot import snapshot_folder, take_snapshot
 from cosmos_hpc.launch.status import cancel_all
-from cosmos_hpc.launch.step import CALLERS_GPUS
+from cosmos_hpc.launch.step import CALLERS_GPUS, needed_paths
 
 MakeJob = Callable[[Path], Callable[[], None]]
 """Turns a run folder into the callable that runs it on this machine."""
@@ -132,6 +133,8 @@ def _send(
     before = jobs_before(sent[0].config.after, is_local=bool(local))
     if not local:
         check_fits([run.config for run in sent])
+        for run in {repr((run.config.container, run.config.data)): run for run in sent}.values():
+            check_container(run.config.container, needed_paths(run.config, run.folder))
     code = take_snapshot(experiment)
     start = {**provenance(), "code": str(code)}
     with ThreadPoolExecutor(WRITERS) as pool:
