@@ -167,6 +167,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
 
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
     from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+    from cosmos_hpc.tokenizer.layers import recompute_blocks
     from cosmos_hpc.tokenizer.trainable import freeze_all_but
     from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
@@ -184,6 +185,8 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     torch.manual_seed(config.trainer.seed + rank.rank)  # what a VAE samples; a resume brings its own state back
     module = starting_tokenizer(config.model, config.trainer.seed)
     freeze_all_but(module, config.model.trainable_patterns)
+    if config.trainer.activation_checkpointing:
+        recompute_blocks(module)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     falls = config.optim.lr_schedule != "constant"
     optimizer = Optimizer(ddp, config.optim, groups, decay_steps=config.lr_decay_steps if falls else None)

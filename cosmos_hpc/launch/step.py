@@ -167,7 +167,9 @@ def _mounts(run: RunConfig, folder: RunFolder) -> tuple[str, ...]:
     """The package, the run and its inputs, at the same paths inside as outside."""
     package = Path(cosmos_hpc.__file__).parents[1]
     networks = run.loss.network_files(run.trainer.max_steps)
-    inputs = [Path(path) for path in (run.data.path, run.model.jit_ckpt_pth, *networks) if path is not None]
+    datasets = [path for path in (run.data.path, run.data.general_path, run.data.image_path) if path is not None]
+    files = [path for path in (run.model.jit_ckpt_pth, *networks) if path is not None]
+    inputs = [Path(path) for path in (*datasets, *files) if "://" not in path]
     # A snapshot in the Hugging Face cache links to files of its repository's folder.
     caches = [next((above.parent for above in path.parents if above.name == "snapshots"), path) for path in inputs]
     whole = dict.fromkeys(caches)

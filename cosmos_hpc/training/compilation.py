@@ -187,27 +187,28 @@ class _Test:
         self._precision = config.trainer.precision
         self._groups = groups
         # Terms and windows may come with the steps: what the run begins with, and what it ends with.
-        self._steps = sorted({step, max(step, config.trainer.max_steps - 1)})
-        self._clips = _clips(config, groups.device)
+        steps = sorted({step, max(step, config.trainer.max_steps - 1)})
+        batches = [_clips(shape, config.data.micro_batch_size, groups.device) for shape in config.data.clip_shapes]
+        self._cases = [(clips, step) for clips in batches for step in steps]
         self._expected: list[_Result] = []
 
     def spread(self) -> list[_Difference]:
-        """What eager differs by when the input moves within its rounding; by step."""
-        noise = torch.rand(self._clips.shape, generator=torch.Generator().manual_seed(1)).to(self._clips)
-        moved = self._clips * (1 + ROUNDING[self._precision] * (2 * noise - 1))
-        self._expected = [self._run(self._clips, step) for step in self._steps]
-        return [
-            expected.difference(self._run(moved, step))
-            for expected, step in zip(self._expected, self._steps, strict=True)
-        ]
+        """What eager differs by when the input moves within its rounding, by case."""
+        found = []
+        for clips, step in self._cases:
+            noise = torch.rand(clips.shape, generator=torch.Generator().manual_seed(1)).to(clips)
+            moved = clips * (1 + ROUNDING[self._precision] * (2 * noise - 1))
+            self._expected.append(self._run(clips, step))
+            found.append(self._expected[-1].difference(self._run(moved, step)))
+        return found
 
     def compare(self, spread: list[_Difference]) -> _Finding:
         """What the code as it is now differs by; three times each, since graphs are recorded on the way."""
         differences: list[_Difference] = []
         try:
-            for step, expected in zip(self._steps, self._expected, strict=True):
+            for (clips, step), expected in zip(self._cases, self._expected, strict=True):
                 for _ in range(3):
-                    found = self._run(self._clips, step)
+                    found = self._run(clips, step)
                 differences.append(expected.difference(found))
         except Exception as error:  # whatever a compiler may raise
             logger.warning("compiling failed", exc_info=True)
@@ -248,7 +249,7 @@ class _Artifacts:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
         data = config.data
         facts: list[Any] = [gpu, torch.__version__, config.model.model, config.model.channels, config.trainer.precision]
-        facts += [data.num_frames, data.crop_size, data.micro_batch_size]
+        facts += [list(data.clip_shapes), data.micro_batch_size]
         digest = hashlib.sha256(repr(facts).encode())
         for file in sorted(Path(tokenizer.__file__).parent.rglob("*.py")):
             digest.update(file.read_bytes())
@@ -276,11 +277,9 @@ class _Artifacts:
             logger.warning("what was compiled can't be kept, so the next start compiles anew: %s", error)
 
 
-def _clips(config: RunConfig, device: torch.device) -> Tensor:
+def _clips(shape: tuple[int, int, int], count: int, device: torch.device) -> Tensor:
     """A micro batch of soft colours that drift, in [-1, 1]: unlike noise, something that a tokenizer knows."""
-    data = config.data
-    coarse = torch.rand(data.micro_batch_size, 3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    shape = (data.num_frames, data.crop_size, data.crop_size)
+    coarse = torch.rand(count, 3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return F.interpolate(2 * coarse - 1, shape, mode="trilinear").to(device)
 
 

@@ -147,6 +147,20 @@ def test_a_compiler_that_fails_or_errs_is_left_alone(groups, tmp_path, backend, 
         assert torch.equal(own, other)
 
 
+def test_every_shape_is_compiled_before_the_first_step(groups, tmp_path):
+    from cosmos_hpc.training.compilation import compile_and_compare
+
+    seen = []
+
+    def notes(graph, inputs):
+        seen.append(next(tuple(each.shape) for each in inputs if each.dim() == 5))
+        return graph
+
+    subject, config, _ = build(groups, "auto", settings=["data.shapes={9x32x32: 1, 17x16x24: 1, 1x48x48: 2}"])
+    assert compile_and_compare(subject, config, groups, RunFolder(tmp_path), 0, backend=notes).is_on
+    assert {shape[2:] for shape in seen} >= {(9, 32, 32), (17, 16, 24), (1, 48, 48)}
+
+
 @pytest.mark.parametrize(("mode", "told"), [("off", "eager: trainer.compile is off"), ("auto", "eager: there is no")])
 def test_on_a_cpu_nothing_is_compiled_unless_it_is_required(groups, tmp_path, mode, told):
     from cosmos_hpc.training.compilation import compile_training
