@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cosmos_hpc.cli_options import Json, print_json
+
 if TYPE_CHECKING:
     from cosmos_hpc.config.run_folder import RunFolder
     from cosmos_hpc.launch.submit import Submission
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 SHOWN = 10
 """Runs that are named one by one."""
 
@@ -39,7 +40,7 @@ def plan(
 ) -> None:
     """Show the runs of an experiment file, what they will take, and what `submit` would do. Sends nothing."""
     from cosmos_hpc import api
-    from cosmos_hpc.tables import plan_rows, print_batches, print_json, print_plan
+    from cosmos_hpc.tables import plan_rows, print_batches, print_plan
 
     planned = api.plan(job, overrides or [], retries_failed=retry is not None)
     if script:
@@ -70,7 +71,6 @@ def submit(
     refused until it is.
     """
     from cosmos_hpc import api
-    from cosmos_hpc.tables import print_json
 
     sent = api.submit(job, overrides or [], retries_failed=retry is not None, prunes=prune)
     if as_json:

@@ -1,6 +1,5 @@
 """What the commands print as tables."""
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -103,11 +102,6 @@ def print_batches(batches: Sequence[Batch]) -> None:
             waits = ", once the jobs before it have ended" if batch.follows else ""
             print(f"# {index + 1} of {len(batches)}: sbatch {batch.script}{waits}")
         print(batch.text, end="")
-
-
-def print_json(value: Any) -> None:
-    """For scripts."""
-    print(json.dumps(value, indent=1, default=str))
 
 
 def print_status(rows: Sequence[RunStatus]) -> None:

@@ -1,18 +1,16 @@
 """The verbs of `cosmos-hpc image`: containers' images on the shared file system."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cosmos_hpc.cli_options import Json, print_json
 from cosmos_hpc.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from cosmos_hpc.launch.image_import import WantedImage
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 image = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Images of containers, once, on the shared file system."
@@ -74,7 +72,7 @@ def import_image(
 
             file = bring(wanted, show)
     if as_json:
-        print(json.dumps({"file": str(file), "digest": wanted.remote.digest, "job": job}, indent=1))
+        print_json({"file": str(file), "digest": wanted.remote.digest, "job": job})
     elif job is not None:
         print(f"sent as job {job}, which writes {file}; its log is in {images_folder() / 'import_logs'}")
     else:
@@ -88,7 +86,7 @@ def list_images(as_json: Json = False) -> None:
 
     found = imported()
     if as_json:
-        print(json.dumps([{"file": str(file), **asdict(manifest)} for file, manifest in found], indent=1))
+        print_json([{"file": str(file), **asdict(manifest)} for file, manifest in found])
         return
     for file in sorted(images_folder().glob(".*.partial")):
         print(f"being imported: {file.name.removeprefix('.').removesuffix('.partial')}, {_mib(file)} MiB written")
@@ -121,7 +119,7 @@ def describe(
 
     manifest = describe_file(file)
     if as_json:
-        print(json.dumps(asdict(manifest), indent=1))
+        print_json(asdict(manifest))
         return
     print(f"{file}: " + ", ".join(f"{name} {manifest.packages.get(name, 'is missing')}" for name in PACKAGES))
 
