@@ -113,8 +113,8 @@ def test_a_node_with_a_bad_gpu_is_found_before_the_start_and_avoided_from_then_o
 def test_a_node_without_power_and_a_time_limit_that_is_hit_twice(slurm_cluster, quick_job, events):
     """Runs of which some lose a node, and one that knows nothing of it on two others."""
     lost, aside = slurm_cluster.nodes[1], ",".join(slurm_cluster.nodes[2:])
-    own = {"time_limit_min": 1, "grace_s": 10, "directives": {"nodelist": aside}}
-    (limited,) = submit(job(quick_job, **own), "limited", "trainer.max_steps=500")
+    own = {"time_limit_min": 1, "grace_s": 30, "directives": {"nodelist": aside}}
+    (limited,) = submit(job(quick_job, **own), "limited", "trainer.max_steps=400")
     settings = job(quick_job, restarts={"backoff_s": 0.2})
     (elastic,) = submit(settings, "elastic", "trainer.min_nodes=1", "trainer.max_steps=300")
     (moved,) = submit(settings, "moved", "trainer.max_steps=300")
@@ -149,7 +149,7 @@ def test_a_node_without_power_and_a_time_limit_that_is_hit_twice(slurm_cluster, 
     assert "node failure: the job lost a node" in cosmos_hpc("explain", "headless")
     wait_for_end(slurm_cluster, limited, "COMPLETED", "FAILED")
     assert set(outcomes(limited)[:-1]) == {"time_limit"}, story(slurm_cluster, limited)
-    assert steps(limited) == list(range(1, 501))
+    assert steps(limited) == list(range(1, 401))
     assert slurm_cluster.job(job_id(limited)).restarts == len(outcomes(limited)) - 1
     for attempt in range(2):
         events.note(slurm_cluster, limited, "time limit (1 minute)", attempt)
