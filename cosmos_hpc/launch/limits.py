@@ -2,13 +2,14 @@
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.fields import require
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.controller import cluster_settings
 
 SINFO = ("sinfo", "--noheader", "--format=%P|%l|%D|%c|%G")
 
@@ -35,6 +36,19 @@ class Partition:
     gpus_per_node: int
     """Of the node that has the most."""
 
+    gpu_types: tuple[str, ...] = ()
+    """Their names, as the cluster calls them."""
+
+
+class Misfit(NamedTuple):
+    """What a run asks for and its partition does not have."""
+
+    limit: str
+    """`partition`, `time limit`, `nodes`, `GPUs` or `CPUs`."""
+
+    message: str
+    """With the setting, what the partition allows, and the mend."""
+
 
 def partitions() -> dict[str, Partition]:
     """The cluster's partitions by name.
@@ -52,8 +66,9 @@ def partitions() -> dict[str, Partition]:
     for line in text.splitlines():  # one for each kind of node
         name, limit, nodes, cpus, gpus = line.strip().split("|")
         row = Partition(
-            name.rstrip("*"), name.endswith("*"), _minutes(limit), int(nodes), int(cpus.rstrip("+")), _gpus(gpus)
-        )
+            name.rstrip("*"), name.endswith("*"), _minutes(limit), int(nodes), int(cpus.rstrip("+")), _gpus(gpus),
+            tuple(re.findall(r"gpu:([^,:()]+):\d", gpus)),
+        )  # fmt: skip
         found[row.name] = _larger(found.get(row.name, row), row) if row.name in found else row
     return found
 
@@ -67,10 +82,36 @@ def check_fits(runs: Sequence[RunConfig]) -> None:
     Raises:
         ConfigError: with the setting, what the partition allows, and the mend.
     """
-    there = partitions()
-    for run in dict.fromkeys((run.cluster.partition, run.cluster.time_limit_min, run.trainer.num_nodes, _gpus_of(run),
-                              run.trainer.devices, run.cluster.cpus_per_task) for run in runs):  # fmt: skip
-        _check_fits(*run, there)
+    for misfit in misfits(runs, partitions()):
+        raise ConfigError(misfit.message)
+
+
+def misfits(runs: Sequence[RunConfig], there: dict[str, Partition]) -> Iterator[Misfit]:
+    """All that runs ask for beyond what their partitions have, each thing once.
+
+    Args:
+        runs: all for SLURM.
+        there: from `partitions`.
+    """
+    for run in {(run.cluster.partition, run.cluster.time_limit_min, run.trainer.num_nodes, _gpus_of(run),
+                 run.trainer.devices, run.cluster.cpus_per_task): run for run in runs}.values():  # fmt: skip
+        rows, missing = chosen_partitions(run, there)
+        yield from missing
+        if not missing:
+            yield from _beyond(run, rows)
+
+
+def chosen_partitions(run: RunConfig, there: dict[str, Partition]) -> tuple[list[Partition], list[Misfit]]:
+    """The partitions that a run may start in, or why there is none."""
+    partition = run.cluster.partition
+    names = partition.split(",") if partition else [row.name for row in there.values() if row.is_default]
+    mend = f"set {' or '.join(there)}"
+    if not names:
+        return [], [Misfit("partition", f"cluster.partition is not set, and this cluster has no default: {mend}")]
+    if any(name not in there for name in names):
+        lacks = f"cluster.partition is {partition}, which this cluster does not have: {mend}"
+        return [], [Misfit("partition", lacks)]
+    return [there[name] for name in names], []
 
 
 def largest_array() -> int:
@@ -79,50 +120,29 @@ def largest_array() -> int:
     Raises:
         ConfigError: if the controller does not answer.
     """
-    try:
-        text = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise ConfigError("scontrol does not answer: run this on a node of the cluster, see `scontrol ping`") from None
-    said = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-    return int(said[1]) if said else 1001  # SLURM's own default
+    return max(1, int(cluster_settings().get("MaxArraySize", 1001)))  # 0: no arrays; 1001: SLURM's own default
 
 
-def _check_fits(
-    partition: str | None,
-    time_limit_min: int,
-    num_nodes: int,
-    gpus: int,
-    devices: int,
-    cpus_per_task: int | None,
-    there: dict[str, Partition],
-) -> None:
-    names = partition.split(",") if partition else [row.name for row in there.values() if row.is_default]
-    unknown = [name for name in names if name not in there]
-    require(not unknown, f"cluster.partition is {partition}, which this cluster does not have: "
-            f"set {' or '.join(there)}")  # fmt: skip
-    require(bool(names), f"cluster.partition is not set, and this cluster has no default: set {' or '.join(there)}")
-    rows = [there[name] for name in names]
-    name = " and ".join(names)
+def _beyond(run: RunConfig, rows: Sequence[Partition]) -> Iterator[Misfit]:
+    cluster, trainer, gpus = run.cluster, run.trainer, _gpus_of(run)
+    name = " and ".join(row.name for row in rows)
     most = max(row.time_limit_min for row in rows)
-    require(
-        time_limit_min <= most,
-        f"cluster.time_limit_min is {time_limit_min}, but partition {name} allows {most:g}: "
-        f"set that or less, a run goes on in its next job",
-    )
+    if cluster.time_limit_min > most:
+        yield Misfit("time limit", f"cluster.time_limit_min is {cluster.time_limit_min}, but partition {name} allows "
+                     f"{most:g}: set that or less, a run goes on in its next job")  # fmt: skip
     most = max(row.num_nodes for row in rows)
-    require(num_nodes <= most, f"trainer.num_nodes is {num_nodes}, but partition {name} has {most}: set fewer")
+    if trainer.num_nodes > most:
+        asked = f"trainer.num_nodes is {trainer.num_nodes}"
+        yield Misfit("nodes", f"{asked}, but partition {name} has {most}: set fewer")
     most = max(row.gpus_per_node for row in rows)
-    require(
-        gpus <= most,
-        f"trainer.devices (cluster.gpus_per_node) asks for {gpus} GPUs a node, but nodes of partition {name} have "
-        f"{most}: set {f'{most} or less' if most else 'cluster.gpus_per_node=0, or another partition'}",
-    )
-    most = max(row.cpus_per_node for row in rows)
-    require(
-        devices * (cpus_per_task or 1) <= most,
-        f"trainer.devices x cluster.cpus_per_task = {devices} x {cpus_per_task or 1}, but nodes of partition {name} "
-        f"have {most} CPUs: set fewer",
-    )
+    if gpus > most:
+        mend = f"{most} or less" if most else "cluster.gpus_per_node=0, or another partition"
+        yield Misfit("GPUs", f"trainer.devices (cluster.gpus_per_node) asks for {gpus} GPUs a node, but nodes of "
+                     f"partition {name} have {most}: set {mend}")  # fmt: skip
+    most, per_task = max(row.cpus_per_node for row in rows), cluster.cpus_per_task or 1
+    if trainer.devices * per_task > most:
+        yield Misfit("CPUs", f"trainer.devices x cluster.cpus_per_task = {trainer.devices} x {per_task}, but nodes of "
+                     f"partition {name} have {most} CPUs: set fewer")  # fmt: skip
 
 
 def _gpus_of(run: RunConfig) -> int:
@@ -137,6 +157,7 @@ def _larger(one: Partition, other: Partition) -> Partition:
         one.num_nodes + other.num_nodes,
         max(one.cpus_per_node, other.cpus_per_node),
         max(one.gpus_per_node, other.gpus_per_node),
+        tuple(dict.fromkeys(one.gpu_types + other.gpu_types)),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.launch.limits import Partition, check_fits, partitions
+from cosmos_hpc.launch.limits import Partition, check_fits, misfits, partitions
 
 SAID = """\
 debug|30:00|2|64|(null)
@@ -34,7 +34,7 @@ def check(*overrides: str) -> None:
 def test_partitions_of_several_kinds_of_nodes_are_their_largest(sinfo):
     assert partitions() == {
         "debug": Partition("debug", False, 30, 2, 64, 0),
-        "gpu": Partition("gpu", True, 2 * 24 * 60, 20, 128, 8),
+        "gpu": Partition("gpu", True, 2 * 24 * 60, 20, 128, 8, ("h100", "a100", "a100_1g")),
         "long": Partition("long", False, inf, 1, 8, 2),
     }
 
@@ -63,3 +63,10 @@ def test_a_machine_without_slurm_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sinfo here: set `cluster: local`"):
         check()
+
+
+def test_all_that_does_not_fit_is_told_at_once_for_the_doctor(sinfo):
+    size = ["cluster.executor=slurm", "cluster.partition=debug", "data.global_batch_size=60", "trainer.devices=4"]
+    runs = [resolve(load_experiment(None, [*size, f"trainer.num_nodes={nodes}"]), {}) for nodes in (1, 3, 3)]
+    told = [misfit.limit for misfit in misfits(runs, partitions())]
+    assert told == ["time limit", "GPUs", "time limit", "nodes", "GPUs"]
