@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.clips import Fault, UndecodableError
 from cosmos_hpc.data.decoders import Box
 from cosmos_hpc.data.packets import Packets
@@ -39,6 +40,20 @@ class ClipKind(NamedTuple):
 
     starts_at_keys: bool = False
     """Whether clips begin at key frames in videos in which these are far apart."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "ClipKind":
+        """What the settings say."""
+        return cls(
+            num_frames=data.num_frames,
+            height=data.crop_size,
+            width=data.crop_size,
+            frame_stride=data.frame_stride,
+            fps=data.fps,
+            resize=data.resize,
+            flip=data.flip,
+            starts_at_keys=data.clip_start == "keyframe",
+        )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -285,19 +285,9 @@ def _task_encoder(
     data: DataConfig, seed: int | None, clip_decoder: ClipDecoder, skipped: SkippedVideos
 ) -> ClipTaskEncoder:
     """Training's, or with no seed validation's: one clip of each video, from its middle and as it is."""
-    kind = ClipKind(
-        num_frames=data.num_frames,
-        height=data.crop_size,
-        width=data.crop_size,
-        frame_stride=data.frame_stride,
-        fps=data.fps,
-        resize=data.resize,
-        flip=data.flip,
-        starts_at_keys=data.clip_start == "keyframe",
-    )
     is_training = seed is not None
     return ClipTaskEncoder(
-        kind=kind,
+        kind=ClipKind.of(data),
         seed=seed,
         clip_decoder=clip_decoder,
         skipped=skipped,

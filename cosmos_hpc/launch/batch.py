@@ -85,6 +85,19 @@ def single_scripts(runs: Sequence[tuple[RunConfig, RunFolder]], code: Path) -> d
     return texts
 
 
+def script_around(run: RunConfig, experiment: ExperimentFolder, code: Path, command: Sequence[str]) -> str:
+    """The script of a job with a run's options that does something else: Python's arguments in place of the supervisor.
+
+    Args:
+        run: its settings.
+        experiment: takes the job's output.
+        code: folder of the snapshot that the job runs from.
+        command: what Python is given.
+    """
+    lines = [*_snapshot_lines(code), shlex.join([sys.executable, "-u", *command])]
+    return str(_executor(run, experiment, None)._executor._make_submission_file_text("\n".join(lines), "")) + "\n"
+
+
 def run_of(script: Path, job: str) -> RunFolder | None:
     """The run of a job that came of a script; none if the script is gone or is none of ours.
 
@@ -155,15 +168,19 @@ def _text(group: list[tuple[RunConfig, RunFolder]], code: Path, max_parallel: in
     if len(group) > 1:
         executor.parameters["map_count"] = len(group)  # as submitit does for an array
     python, paths = shlex.quote(sys.executable), [shlex.quote(str(folder.path)) for _, folder in group]
-    lines = [
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",
-    ]
+    lines = _snapshot_lines(code)
     if len(group) == 1:
         lines.append(f"{python} {SUPERVISOR} {paths[0]}")
     else:
         lines += ["runs=(", *paths, ")", f'{python} {SUPERVISOR} "${{runs[$SLURM_ARRAY_TASK_ID]}}"']
     return str(executor._make_submission_file_text("\n".join(lines), "")) + "\n"
+
+
+def _snapshot_lines(code: Path) -> list[str]:
+    return [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",
+    ]
 
 
 def _executor(run: RunConfig, experiment: ExperimentFolder, max_parallel: int | None) -> "AutoExecutor":
