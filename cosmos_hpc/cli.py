@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosmos_hpc import __version__, data_verbs
+from cosmos_hpc.cli_doctor import doctor
 from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
 from cosmos_hpc.cli_submission import Json, plan, submit
 from cosmos_hpc.config.errors import ConfigError
@@ -116,6 +117,7 @@ def fetch(
     print(f"commit {fetched.commit}; in an experiment file: model: {{jit_ckpt_pth: {name}}}")
 
 
+app.command()(doctor)
 app.command()(plan)
 app.command()(submit)
 

@@ -62,13 +62,21 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Stay and show progress; Ctrl-C stops the runs, saved.")] = False,
     retry: RetryOption = None,
     prune: Annotated[bool, typer.Option("--prune", help="Cancel runs that the file does not make any more.")] = False,
+    no_doctor: Annotated[bool, typer.Option("--no-doctor", help="Leave out the quick part of `doctor`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Send what is missing of an experiment: finished, failed and running runs are left alone, broken ones go on."""
     from cosmos_hpc import api
     from cosmos_hpc.tables import print_json
 
-    sent = api.submit(job, overrides or [], retries_failed=retry is not None, prunes=prune)
+    sent = api.submit(
+        job,
+        overrides or [],
+        retries_failed=retry is not None,
+        prunes=prune,
+        examines=not no_doctor,
+        on_warning=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
     if as_json:
         print_json({
             "sent": sent.jobs,
