@@ -35,6 +35,7 @@ from cosmos_hpc.tokenizer import Losses, starting_tokenizer
 from cosmos_hpc.tokenizer.architecture import Architecture
 from cosmos_hpc.tokenizer.losses.perceptual import Eye
 from cosmos_hpc.tokenizer.losses.vgg import LAYER_WEIGHTS, Vgg16
+from cosmos_hpc.training.compilation import Subject, compile_in_regions
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.loop import TrainState, train_step
 from cosmos_hpc.training.optimizer import Optimizer
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of each way in a round")
     parser.add_argument("--no-recipe", action="store_true")
     parser.add_argument("--profile", action="store_true", help="also where the time of this kit's step goes")
-    parser.add_argument("--compile", default="reduce-overhead", choices=["off", "default", "reduce-overhead"])
+    parser.add_argument("--eager", action="store_true", help="this kit's step uncompiled")
     parser.add_argument("settings", nargs="*", help="of the kit's run, such as optim.clip_grad=0")
     arguments = parser.parse_args()
     groups = Groups.start(current_rank())
@@ -190,8 +191,10 @@ def kit_step(
     eye = Eye(Vgg16().to(groups.device, dtype), config.loss.lpips.chunk_frames)
     losses = Losses(config.loss, eye=eye)
     average = WeightAverage(module, 0.999)
-    if arguments.compile != "off":
-        compile_step(module, losses, average, arguments.compile)
+    if not arguments.eager:
+        on_gpu = groups.device.type == "cuda"
+        torch.backends.cudnn.benchmark = on_gpu
+        compile_in_regions(Subject(module, losses, average), with_graphs=on_gpu)
     state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), average, iter(()))
     run = SimpleNamespace(config=config, groups=groups, losses=losses)
     source = itertools.cycle(clips)
@@ -209,15 +212,6 @@ def kit_step(
         return queued[-1]
 
     return step
-
-
-def compile_step(module: nn.Module, losses: Losses, average: WeightAverage, mode: str) -> None:
-    """In regions of their own: Megatron-Core's hooks start a reduction when a region's backward has ended."""
-    torch._dynamo.config.recompile_limit = 64  # the loss has a few shapes for each of its layers
-    for region in (module.encoder, module.decoder):
-        region.compile(mode=mode, dynamic=False)
-    losses.compile()
-    average.compile()
 
 
 def matrix_rate(device: torch.device) -> float:

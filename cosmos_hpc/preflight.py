@@ -7,7 +7,14 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import ModelConfig, RunConfig
-from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, metadataset_parts, split_sizes
+from cosmos_hpc.data.dataset_index import (
+    check_dataset,
+    is_metadataset,
+    is_remote,
+    metadataset_parts,
+    split_sizes,
+    tells_its_size,
+)
 from cosmos_hpc.launch.images import images_folder, squashfs_of
 
 
@@ -45,9 +52,11 @@ def check_data(run: RunConfig) -> None:
     check_dataset(run.data.path)
     if run.data.general_path is not None:
         check_dataset(run.data.general_path, needed=("val",), setting="data.general_path")
-    path = Path(run.data.path or "")
+    if run.data.image_path is not None:
+        check_dataset(run.data.image_path, needed=("train",), setting="data.image_path")
+    path = str(run.data.path)
     streams = run.num_streams
-    samples = None if is_metadataset(path) else split_sizes(path)["train"]
+    samples = split_sizes(Path(path))["train"] if tells_its_size(path) else None
     if samples is not None and samples < max(streams, run.trainer.world_size):
         ranks = run.trainer.world_size
         raise ConfigError(
@@ -65,13 +74,12 @@ def with_num_steps(run: RunConfig) -> RunConfig:
     epochs = run.trainer.max_epochs
     if epochs is None:
         return run
-    path = Path(run.data.path or "")
-    if is_metadataset(path):
-        raise ConfigError(
-            f"trainer.max_epochs is {epochs}, but {path} blends datasets and has no end: set trainer.max_steps instead"
-        )
     check_dataset(run.data.path, needed=("train",))
-    steps = -(-epochs * split_sizes(path)["train"] // run.data.global_batch_size)
+    path = str(run.data.path)
+    if not tells_its_size(path):
+        what = "is not counted beforehand" if is_remote(path) else "blends datasets and has no end"
+        raise ConfigError(f"trainer.max_epochs is {epochs}, but {path} {what}: set trainer.max_steps instead")
+    steps = -(-epochs * split_sizes(Path(path))["train"] // run.data.global_batch_size)
     trainer = dataclasses.replace(run.trainer, max_steps=min(run.trainer.max_steps, steps))
     return dataclasses.replace(run, trainer=trainer)
 

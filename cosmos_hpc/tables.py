@@ -154,6 +154,8 @@ def print_status(rows: Sequence[RunStatus]) -> None:
     for row in rows:
         if row.message:
             print(f"{row.run}: {row.message}")
+        if row.compilation and row.compilation.startswith("eager: rank"):
+            print(f"{row.run}: computes {row.compilation}")
         for slow in row.stragglers:
             print(f"{row.run}: rank {slow.rank} takes {slow.step_time_s:.2f} s a step, {slow.ratio:.1f} x the median")
 

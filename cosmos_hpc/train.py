@@ -177,10 +177,12 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
 
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
     from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+    from cosmos_hpc.tokenizer.layers import recompute_blocks
     from cosmos_hpc.tokenizer.trainable import freeze_all_but
     from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
+    from cosmos_hpc.training.compilation import Subject, compile_training
     from cosmos_hpc.training.ema import WeightAverage
     from cosmos_hpc.training.loop import Run, TrainState
     from cosmos_hpc.training.optimizer import Optimizer
@@ -193,6 +195,8 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     torch.manual_seed(config.trainer.seed + rank.rank)  # what a VAE samples; a resume brings its own state back
     module = starting_tokenizer(config.model, config.trainer.seed)
     freeze_all_but(module, config.model.trainable_patterns)
+    if config.trainer.activation_checkpointing:
+        recompute_blocks(module)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     falls = config.optim.lr_schedule != "constant"
     optimizer = Optimizer(ddp, config.optim, groups, decay_steps=config.lr_decay_steps if falls else None)
@@ -221,8 +225,10 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     state = TrainState(module, ddp, optimizer, average, loader, adversary)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
-    guard = NonFiniteGuard(config.trainer)
-    return state, Run(config, groups, checkpoints, losses, validation, telemetry, Agreement(groups, stop), guard)
+    compilation = compile_training(Subject(module, losses, average), config, groups, attempt.folder, state.step)
+    telemetry.note_compilation(compilation.told)
+    guard, agreement = NonFiniteGuard(config.trainer), Agreement(groups, stop)
+    return state, Run(config, groups, checkpoints, losses, validation, telemetry, agreement, guard, compilation)
 
 
 def _write_failure(folder: RunFolder, attempt: int, rank: Rank, error: Exception, step: int | None = None) -> None:

@@ -73,6 +73,8 @@ def test_the_guides_line_trains_from_given_weights_and_goes_on_after_ctrl_c(tmp_
     assert second.returncode == 0, said
     assert f"resumed from {saved}" in said
     assert experiment.runs() == [run]
+    starts = json.loads(run.provenance.read_text())
+    assert [start["compilation"] for start in starts] == ["eager: there is no GPU"] * 2
     assert steps(run) == list(range(25))
     assert run.newest_checkpoint() == run.checkpoint(24)
 

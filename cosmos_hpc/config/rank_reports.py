@@ -49,6 +49,9 @@ class Heartbeat(_Report):
     saved_step: int | None = None
     """Step of the newest checkpoint."""
 
+    compilation: str | None = None
+    """Whether the attempt computes `compiled` or `eager`, with figures or the reason."""
+
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds of the attempt by what rank 0 did: `start`, `train` (without the wait for data), `data`,
     `validate`, `save`."""

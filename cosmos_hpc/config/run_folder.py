@@ -16,12 +16,12 @@ def run_hash(run: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text so that a reader, or a kill at any instant, sees the old or the new one whole."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file's content so that a reader, or a kill at any instant, sees the old or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -92,6 +92,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Holds one folder a checkpoint."""
         return self.path / "checkpoints"
+
+    @property
+    def compiled(self) -> Path:
+        """What torch.compile has made of the network, for later starts."""
+        return self.path / "compiled"
 
     @property
     def exports(self) -> Path:

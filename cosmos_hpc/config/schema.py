@@ -100,7 +100,8 @@ class DataConfig:
     """The dataset and the clips taken from it."""
 
     path: str | None = expands(None, is_path=True)
-    """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed."""
+    """Dataset folder that `cosmos-hpc prepare` (or `energon prepare`) has indexed, here or as s3://BUCKET/FOLDER or
+    msc://PROFILE/FOLDER; or a Metadataset, a YAML file that blends such folders."""
 
     general_path: str | None = expands(None, is_path=True, identity=False)
     """Second dataset, of video unlike the first: its split val is validated beside, to see what is forgotten."""
@@ -110,6 +111,16 @@ class DataConfig:
 
     crop_size: int = 256
     """Height and width of a clip in pixels, a multiple of the tokenizer's spatial compression."""
+
+    shapes: dict[str, float] = field(default_factory=dict)
+    """Shapes of training clips, TxHxW, each with its weight, such as {33x256x256: 3, 9x256x448: 1}: one is drawn for
+    each step. None: num_frames and crop_size, which validation keeps to. Videos need the frames of the longest."""
+
+    image_path: str | None = expands(None, is_path=True)
+    """Dataset of images from which the shapes of one frame, such as 1x512x512, are cut; none: from the videos."""
+
+    masks: bool = False
+    """Weigh L1, VGG16's and Gram's terms by KEY.mask.png or KEY.mask.mp4 of a sample: white counts, black does not."""
 
     micro_batch_size: int = neutral(1)
     """Clips per rank in one forward."""
@@ -178,11 +189,40 @@ class DataConfig:
             f"data.resize is {self.resize}, less than data.crop_size {self.crop_size}: set at least as much",
         )
         require(0 <= self.flip <= 1, f"data.flip is {self.flip}: set a share from 0 to 1")
+        self._check_shapes()
         require(self.decode_timeout_s > 0, f"data.decode_timeout_s is {self.decode_timeout_s}: set a number of seconds")
         require(
             0 <= self.max_bad_share <= 1,
             f"data.max_bad_share is {self.max_bad_share}: set a share from 0 to 1",
         )
+
+    @property
+    def clip_shapes(self) -> dict[tuple[int, int, int], float]:
+        """T, H and W of training clips, and the weight of each."""
+        if not self.shapes:
+            return {(self.num_frames, self.crop_size, self.crop_size): 1.0}
+        return {_sides(shape): weight for shape, weight in self.shapes.items()}
+
+    def _check_shapes(self) -> None:
+        for shape, weight in self.shapes.items():
+            require(
+                re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", shape) is not None,
+                f"data.shapes names {shape}, but takes frames x height x width: such as 33x256x256",
+            )
+            require(weight > 0, f"data.shapes gives {shape} the weight {weight}: set it above 0, or leave it out")
+        require(
+            self.image_path is None or any(frames == 1 for frames, _, _ in self.clip_shapes),
+            "data.image_path is set, but data.shapes holds no shape of one frame: add one, such as 1x512x512: 1",
+        )
+        require(
+            self.image_path is None or any(frames > 1 for frames, _, _ in self.clip_shapes),
+            "data.image_path is set, but data.shapes holds images alone: name that dataset as data.path instead",
+        )
+
+
+def _sides(shape: str) -> tuple[int, int, int]:
+    frames, height, width = map(int, shape.split("x"))
+    return frames, height, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +246,12 @@ class TrainerConfig:
 
     precision: str = "bf16"
     """`bf16` (compute in bfloat16, weights stay float32) or `32`."""
+
+    activation_checkpointing: bool = neutral(False)
+    """Keep fewer activations and compute them again in the backward: slower, for clips that don't fit otherwise."""
+
+    compile: str = neutral("auto")
+    """`auto` (on a GPU, unless compiled code fails or differs from eager), `required` (stop then) or `off`."""
 
     seed: int = 1234
     """Seeds the fresh weights, the order of the samples and every random crop."""
@@ -253,6 +299,12 @@ class TrainerConfig:
         require(
             self.precision in ("bf16", "32"),
             f"trainer.precision is {self.precision!r}: set bf16 (float32 weights, bfloat16 compute) or 32",
+        )
+        if self.compile == "False":  # what YAML takes an unquoted off for
+            object.__setattr__(self, "compile", "off")
+        require(
+            self.compile in ("auto", "required", "off"),
+            f"trainer.compile is {self.compile!r}: set auto, required or off",
         )
 
     @property
@@ -584,17 +636,24 @@ class RunConfig:
         return self.trainer.max_steps if self.optim.decay_steps is None else self.optim.decay_steps
 
     def _check_clip_size(self) -> None:
-        frames, temporal = self.data.num_frames, self.model.temporal_compression
+        data = self.data
+        self._check_sides("data.num_frames", data.num_frames, "data.crop_size", data.crop_size)
+        for frames, height, width in data.clip_shapes if data.shapes else ():
+            where = f"data.shapes: {frames}x{height}x{width}"
+            self._check_sides(f"{where}, frames,", frames, f"{where}, height,", height)
+            self._check_sides(f"{where}, frames,", frames, f"{where}, width,", width)
+
+    def _check_sides(self, frames_of: str, frames: int, side_of: str, side: int) -> None:
+        temporal, spatial = self.model.temporal_compression, self.model.spatial_compression
         require(
             frames % temporal == 1,
-            f"data.num_frames is {frames}, but {self.model.model} takes 1 + {temporal}k: "
+            f"{frames_of} is {frames}, but {self.model.model} takes 1 + {temporal}k: "
             f"set {' or '.join(str(1 + near) for near in _multiples_around(frames - 1, temporal, least=0))}",
         )
-        crop, spatial = self.data.crop_size, self.model.spatial_compression
         require(
-            crop % spatial == 0,
-            f"data.crop_size is {crop}, but {self.model.model} takes multiples of {spatial}: "
-            f"set {' or '.join(map(str, _multiples_around(crop, spatial, least=spatial)))}",
+            side % spatial == 0,
+            f"{side_of} is {side}, but {self.model.model} takes multiples of {spatial}: "
+            f"set {' or '.join(map(str, _multiples_around(side, spatial, least=spatial)))}",
         )
 
     def _check_batch(self) -> None:
@@ -629,21 +688,28 @@ class RunConfig:
             )
         if loss.flow.is_used(steps):
             require(loss.flow.weights is not None, "loss.flow.weight is above 0: name RAFT-large in loss.flow.weights")
-            require(self.data.num_frames > 1, "loss.flow.weight is above 0, but data.num_frames is 1: nothing moves")
-            crop = self.data.crop_size
-            require(
-                crop >= 256 and crop % 16 == 0,
-                f"data.crop_size is {crop}, but loss.flow sees half of it, and RAFT takes 128 pixels and more in "
-                "multiples of 8: set 256 or a larger multiple of 16",
-            )
+            setting = "data.shapes" if self.data.shapes else "data.num_frames and data.crop_size"
+            for frames, *sides in self.data.clip_shapes:
+                require(frames > 1, f"loss.flow.weight is above 0, but a clip of {setting} has 1 frame: nothing moves")
+                for side in sides:
+                    require(
+                        side >= 256 and side % 16 == 0,
+                        f"{setting} has a side of {side}, but loss.flow sees half of it, and RAFT takes 128 pixels "
+                        "and more in multiples of 8: set 256 or a larger multiple of 16",
+                    )
         if loss.consistency.is_used(steps):
             self._check_windows()
 
     def _check_windows(self) -> None:
-        frames, temporal, windows = self.data.num_frames, self.model.temporal_compression, self.loss.consistency
+        for frames in sorted({frames for frames, _, _ in self.data.clip_shapes}):
+            self._check_windows_of(frames)
+
+    def _check_windows_of(self, frames: int) -> None:
+        temporal, windows = self.model.temporal_compression, self.loss.consistency
+        setting = "those of data.shapes" if self.data.shapes else "data.num_frames"
         require(
             windows.num_frames % temporal == 1 and windows.num_frames < frames,
-            f"loss.consistency.num_frames is {windows.num_frames}, but takes 1 + {temporal}k below data.num_frames "
+            f"loss.consistency.num_frames is {windows.num_frames}, but takes 1 + {temporal}k below {setting} "
             f"= {frames}: set {', '.join(str(1 + k) for k in range(0, frames - 1, temporal))}",
         )
         require(

@@ -1,5 +1,7 @@
 """Which clips are taken out of a video: their frames, rectangles and mirrorings, all drawn from one seed."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ LONG_GOP = 2
 
 
 class ClipKind(NamedTuple):
-    """What all clips of a dataset have in common."""
+    """What a clip looks like; those of a dataset differ in T, H and W at most."""
 
     num_frames: int
     """T."""
@@ -41,13 +43,19 @@ class ClipKind(NamedTuple):
     starts_at_keys: bool = False
     """Whether clips begin at key frames in videos in which these are far apart."""
 
+    longest: int = 0
+    """T of the longest kind in the dataset: all begin where a clip of that length can."""
+
+    has_mask: bool = False
+    """Whether a fourth channel says what the loss is to look at: 255 yes, 0 no."""
+
     @classmethod
-    def of(cls, data: DataConfig) -> "ClipKind":
-        """What the settings say."""
+    def of(cls, data: DataConfig, num_frames: int, height: int, width: int) -> "ClipKind":
+        """What the settings say of clips of one of their shapes."""
         return cls(
-            num_frames=data.num_frames,
-            height=data.crop_size,
-            width=data.crop_size,
+            num_frames=num_frames,
+            height=height,
+            width=width,
             frame_stride=data.frame_stride,
             fps=data.fps,
             resize=data.resize,
@@ -57,8 +65,8 @@ class ClipKind(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[3, T, H, W]."""
-        return 3, self.num_frames, self.height, self.width
+        """[C, T, H, W], C 3 or 4."""
+        return 3 + self.has_mask, self.num_frames, self.height, self.width
 
 
 class ChosenClip(NamedTuple):
@@ -74,27 +82,34 @@ class ChosenClip(NamedTuple):
     """Left for right, seen upright."""
 
 
-def choose(packets: Packets, kind: ClipKind, num_clips: int, seed: int | None) -> list[ChosenClip]:
+def seed_of(seed: int, *what: str | int) -> int:
+    """A seed for one purpose, whichever rank and worker asks, after any resume."""
+    digest = hashlib.sha256(",".join(map(str, (seed, *what))).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def choose(packets: Packets, kinds: Sequence[ClipKind], seed: int | None) -> list[ChosenClip]:
     """Choose clips that can be decoded in one go: all begin between the same two key frames.
 
     Each by itself begins at any possible frame with the same likelihood; or, where clips are bound to key frames, the
-    first at one of them, and the others no more than the length of a clip behind it.
+    first at one of them, and the others no more than the length of a clip behind it. Where a clip begins does not
+    depend on its own or another's T, H and W.
 
     Args:
         packets: Of the video.
-        kind: What the clips look like.
-        num_clips: How many.
+        kinds: What each clip looks like.
         seed: Of every choice; none: the middle of the video and of the picture, as it is.
 
     Raises:
-        UndecodableError: if the video is too short.
+        UndecodableError: if the video is too short for the longest kind.
     """
     draw = None if seed is None else torch.Generator().manual_seed(seed)
-    last = last_start(packets, kind)
-    starts = _starts(packets, kind, last, num_clips, draw)
-    boxes_and_flips = [(_box(packets, kind, draw), _is_mirrored(kind, draw)) for _ in starts]
+    longest = kinds[0]._replace(num_frames=max(kinds[0].longest, *(kind.num_frames for kind in kinds)))
+    starts = _starts(packets, longest, last_start(packets, longest), len(kinds), draw)
+    boxes_and_flips = [(_box(packets, kind, draw), _is_mirrored(kind, draw)) for kind in kinds]
     return [
-        ChosenClip(_frames(packets, kind, start), *rest) for start, rest in zip(starts, boxes_and_flips, strict=True)
+        ChosenClip(_frames(packets, kind, start), *rest)
+        for kind, start, rest in zip(kinds, starts, boxes_and_flips, strict=True)
     ]
 
 

@@ -12,6 +12,23 @@ from cosmos_hpc.config.errors import ConfigError
 META_FOLDER = ".nv-meta"
 
 
+def is_remote(path: str | None) -> bool:
+    """True for a dataset in an object store: s3:// or msc://."""
+    return path is not None and "://" in path
+
+
+def tells_its_size(path: str) -> bool:
+    """False for what is only opened by the ranks: a Metadataset, or a dataset in an object store."""
+    return not is_remote(path) and not is_metadataset(Path(path))
+
+
+def energon_path(path: str) -> str | Path:
+    """A dataset as Energon takes it, which reads s3:// through multi-storage-client's own profile of the bucket."""
+    if path.startswith("s3://"):
+        return f"msc://_s3-{path.removeprefix('s3://')}"
+    return path if is_remote(path) else Path(path)
+
+
 def is_metadataset(path: Path) -> bool:
     """True for a Metadataset: a YAML file that blends several datasets."""
     return path.is_file() and path.suffix in (".yaml", ".yml")
@@ -85,7 +102,8 @@ def split_sizes(path: Path) -> dict[str, int]:
 def check_dataset(path: str | None, needed: tuple[str, ...] = ("train", "val"), setting: str = "data.path") -> None:
     """Refuse a dataset that a run could not read.
 
-    A Metadataset (a YAML file) passes when the file exists: its parts are checked when they are opened.
+    A Metadataset (a YAML file) passes when the file exists, and a dataset in an object store without a look: what they
+    hold is checked when the ranks open it.
 
     Args:
         path: Value of the setting.
@@ -97,6 +115,10 @@ def check_dataset(path: str | None, needed: tuple[str, ...] = ("train", "val"), 
     """
     if not path:
         raise ConfigError(f"{setting} is not set: name the folder of a dataset that `cosmos-hpc prepare` has indexed")
+    if is_remote(path):
+        if not path.startswith(("s3://", "msc://")):
+            raise ConfigError(f"{setting} is {path}, but takes a folder, s3://BUCKET/FOLDER or msc://PROFILE/FOLDER")
+        return
     folder = Path(path)
     if is_metadataset(folder):
         return

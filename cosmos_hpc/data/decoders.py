@@ -74,10 +74,11 @@ def through_pyav(path: str, wanted: Sequence[Wanted]) -> Iterator[np.ndarray]:
         cuts: dict[Box, _CutBeforeConversion] = {}
         remaining = iter(wanted)
         following = next(remaining, None)
+        first_ms = 0 if container.format.name.endswith("_pipe") else FIRST_MS  # a picture by itself
         for frame in container.decode(stream):
             if following is None:
                 return
-            if round(((frame.time or 0.0) * 1000 - FIRST_MS) / MS_PER_FRAME) == following.frame:
+            if round(((frame.time or 0.0) * 1000 - first_ms) / MS_PER_FRAME) == following.frame:
                 for box in following.boxes:
                     cut = cuts.get(box) or cuts.setdefault(box, _CutBeforeConversion(stream, box))
                     yield cut(frame)

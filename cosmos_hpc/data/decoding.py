@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from cosmos_hpc.data.choosing import ChosenClip, ClipKind, choose
 from cosmos_hpc.data.clips import Fault, UndecodableError, memory_file
 from cosmos_hpc.data.decoders import Wanted, decode_boxes, suitable_decoders
-from cosmos_hpc.data.packets import scanned
+from cosmos_hpc.data.packets import Cutter, Packets, scanned
 from cosmos_hpc.data.workers import PR_SET_PDEATHSIG, SIGNALS_TO_THE_RANK, give_memory_back
 
 IDLE_SHARE = 0.05
@@ -32,14 +32,8 @@ IDLE_SHARE = 0.05
 class Request(NamedTuple):
     """What a child is asked for; the video's bytes lie in the memory that both share."""
 
-    num_bytes: int
-    """Of the video."""
-
-    kind: ClipKind
-    """What the clips look like."""
-
-    num_clips: int
-    """K, out of one decoded stretch."""
+    kinds: tuple[ClipKind, ...]
+    """What each of the K clips out of one decoded stretch looks like."""
 
     seed: int | None
     """Of all that is chosen by chance; none: the middle."""
@@ -47,15 +41,18 @@ class Request(NamedTuple):
     decoder: str
     """The one to begin with."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[K, 3, T, H, W]."""
-        return self.num_clips, *self.kind.shape
+    has_mask: bool
+    """Whether the video's mask lies in its own memory; without one, all of the picture counts."""
 
     @property
     def clip_bytes(self) -> int:
-        """Of the uint8 clips."""
-        return math.prod(self.shape)
+        """Of the uint8 clips, one behind the other."""
+        return sum(math.prod(kind.shape) for kind in self.kinds)
+
+    def clips_in(self, memory: Tensor) -> list[Tensor]:
+        """Views of them, uint8 [C, T, H, W] each."""
+        parts = memory[: self.clip_bytes].split([math.prod(kind.shape) for kind in self.kinds])
+        return [part.view(kind.shape) for part, kind in zip(parts, self.kinds, strict=True)]
 
 
 class ClipDecoder:
@@ -73,27 +70,27 @@ class ClipDecoder:
         self._decoder = decoder
         self._child: _Child | None = None
 
-    def clips(self, raw: bytes, kind: ClipKind, seed: int | None, num_clips: int = 1) -> Tensor:
+    def clips(self, raw: bytes, kinds: Sequence[ClipKind], seed: int | None, mask: bytes | None = None) -> list[Tensor]:
         """Decode clips out of one stretch of a video.
 
         Args:
             raw: A video file's bytes.
-            kind: What the clips look like.
+            kinds: What each clip looks like.
             seed: Of all that is chosen by chance; none: the middle of the video and of the picture.
-            num_clips: K.
+            mask: A picture's or video's bytes, of the video's size, for kinds that have one.
 
         Returns:
-            uint8 [K, 3, T, H, W].
+            uint8 [C, T, H, W] of each kind.
 
         Raises:
             UndecodableError: if the video can't be decoded, is too short, or hangs or kills the decoder.
         """
-        request = Request(len(raw), kind, num_clips, seed, self._decoder)
+        request = Request(tuple(kinds), seed, self._decoder, mask is not None)
         try:
-            return self._ask(raw, request)
+            return self._ask(raw, mask, request)
         except EOFError:  # the child died: of the video, or of something that a second one is spared
             try:
-                return self._ask(raw, request)
+                return self._ask(raw, mask, request)
             except EOFError:
                 raise UndecodableError("the decoder crashed twice", Fault.CRASHING) from None
 
@@ -103,12 +100,12 @@ class ClipDecoder:
             self._child.end()
             self._child = None
 
-    def _ask(self, raw: bytes, request: Request) -> Tensor:
+    def _ask(self, raw: bytes, mask: bytes | None, request: Request) -> list[Tensor]:
         if self._child is None or self._child.parent != os.getpid():  # a forked process needs one of its own
             self._child = _Child()
         child = self._child
         try:
-            error = child.answer(raw, request, self._timeout_s)
+            error = child.answer(raw, mask, request, self._timeout_s)
         except EOFError:
             self.close()
             raise
@@ -118,7 +115,7 @@ class ClipDecoder:
             raise UndecodableError(reason, Fault.HANGING) from None
         if error is not None:
             raise error
-        return child.output[: request.clip_bytes].view(request.shape).clone()
+        return [clip.clone() for clip in request.clips_in(child.output)]
 
 
 class _Child:
@@ -127,6 +124,7 @@ class _Child:
     def __init__(self) -> None:
         self.parent = os.getpid()
         self._input = os.memfd_create("video", os.MFD_CLOEXEC)
+        self._mask = os.memfd_create("mask", os.MFD_CLOEXEC)
         self._output = os.memfd_create("clip", os.MFD_CLOEXEC)
         self.output = torch.empty(0, dtype=torch.uint8)
         self._connection, childs_end = Pipe()
@@ -140,10 +138,12 @@ class _Child:
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         childs_end.close()
-        self.end = weakref.finalize(self, _end, self.parent, self._pid, self._connection, (self._input, self._output))
+        self.end = weakref.finalize(
+            self, _end, self.parent, self._pid, self._connection, (self._input, self._mask, self._output)
+        )
 
-    def answer(self, raw: bytes, request: Request, timeout_s: float) -> UndecodableError | None:
-        """Have the clip put into `output`.
+    def answer(self, raw: bytes, mask: bytes | None, request: Request, timeout_s: float) -> UndecodableError | None:
+        """Have the clips put into `output`.
 
         Raises:
             EOFError: if the child is dead.
@@ -151,10 +151,9 @@ class _Child:
         """
         if not raw:
             return UndecodableError("the file is empty")
-        os.ftruncate(self._input, len(raw))
-        written = 0
-        while written < len(raw):
-            written += os.pwrite(self._input, memoryview(raw)[written:], written)
+        _put(raw, self._input)
+        if mask is not None:
+            _put(mask, self._mask)
         if len(self.output) < request.clip_bytes:
             os.ftruncate(self._output, request.clip_bytes)
             self.output = _mapped(self._output, request.clip_bytes)
@@ -204,7 +203,8 @@ class _Child:
             if len(output) < request.clip_bytes:
                 output = _mapped(self._output, request.clip_bytes)
             try:
-                cut_clips(f"/proc/self/fd/{self._input}", request, output[: request.clip_bytes].view(request.shape))
+                video, mask = (f"/proc/self/fd/{descriptor}" for descriptor in (self._input, self._mask))
+                cut_clips(video, mask, request, request.clips_in(output))
                 connection.send(None)
             except UndecodableError as error:
                 connection.send(error)
@@ -212,36 +212,65 @@ class _Child:
                 connection.send(UndecodableError(f"{type(error).__name__}: {error}"))
 
 
-def cut_clips(path: str, request: Request, output: Tensor) -> None:
+def cut_clips(video: str, mask: str, request: Request, output: Sequence[Tensor]) -> None:
     """Decode and crop in this process.
 
     Args:
-        path: The video.
+        video: Its path.
+        mask: That of its mask, if the request says that there is one.
         request: Which clips.
-        output: uint8 [K, 3, T, H, W], written into.
+        output: uint8 [C, T, H, W] of each, written into.
 
     Raises:
-        UndecodableError: if the video can't be decoded or is too short.
+        UndecodableError: if the video or its mask can't be decoded or is too short.
     """
-    with scanned(path) as (packets, cutter):
-        chosen = choose(packets, request.kind, request.num_clips, request.seed)
-        decoders = suitable_decoders(request.decoder, packets)
-        users = _users(chosen)
-        for stretch in cutter.stretches(sorted(users)):
-            targets = [target for frame in stretch for target in users[frame]]
+    with scanned(video) as (packets, cutter):
+        chosen = choose(packets, request.kinds, request.seed)
+        _cut(packets, cutter, chosen, request.decoder, [clip[:3] for clip in output])
+    masks = [clip[3:] for clip in output]
+    if not request.has_mask:
+        for each in masks:
+            each.fill_(255)
+        return
+    try:
+        with scanned(mask) as (mask_packets, cutter):
+            _cut(mask_packets, cutter, _of_mask(chosen, packets, mask_packets), request.decoder, masks)
+    except UndecodableError as error:
+        raise UndecodableError(f"its mask is of no use: {error}", error.fault) from error
 
-            def put(number: int, picture: np.ndarray, targets: list[tuple[int, int]] = targets) -> None:
-                clip, place = targets[number]
-                upright = np.rot90(picture, packets.num_quarter_turns)
-                output[clip, :, place] = _fitted(upright[:, ::-1] if chosen[clip].is_mirrored else upright, output)
 
-            with memory_file("stretch") as path_of_cut:
-                frames = cutter.cut(stretch, path_of_cut)
-                wanted = [
-                    Wanted(frame, [chosen[clip].box for clip, _ in users[original]])
-                    for frame, original in zip(frames, stretch, strict=True)
-                ]
-                decode_boxes(path_of_cut, wanted, put, decoders)
+def _of_mask(chosen: Sequence[ChosenClip], video: Packets, mask: Packets) -> list[ChosenClip]:
+    """The same frames of the mask; of a picture, its only one."""
+    sizes = [(each.height, each.width, each.num_quarter_turns) for each in (video, mask)]
+    if sizes[0] != sizes[1]:
+        (height, width, _), (other_height, other_width, _) = sizes
+        reason = f"it is {other_width} x {other_height} for a video of {width} x {height}, as stored and turned"
+        raise UndecodableError(reason)
+    if mask.num_frames not in (1, video.num_frames):
+        raise UndecodableError(f"it has {mask.num_frames} frames for a video of {video.num_frames}")
+    return [each._replace(frames=np.minimum(each.frames, mask.num_frames - 1)) for each in chosen]
+
+
+def _cut(packets: Packets, cutter: Cutter, chosen: Sequence[ChosenClip], decoder: str, output: list[Tensor]) -> None:
+    """Decode the chosen clips into uint8 [1 or 3, T, H, W] of each."""
+    decoders = suitable_decoders(decoder, packets)
+    users = _users(chosen)
+    for stretch in cutter.stretches(sorted(users)):
+        targets = [target for frame in stretch for target in users[frame]]
+
+        def put(number: int, picture: np.ndarray, targets: list[tuple[int, int]] = targets) -> None:
+            clip, place = targets[number]
+            upright = np.rot90(picture, packets.num_quarter_turns)
+            mirrored = upright[:, ::-1] if chosen[clip].is_mirrored else upright
+            output[clip][:, place] = _fitted(mirrored[..., : len(output[clip])], output[clip])
+
+        with memory_file("stretch") as path_of_cut:
+            frames = cutter.cut(stretch, path_of_cut)
+            wanted = [
+                Wanted(frame, [chosen[clip].box for clip, _ in users[original]])
+                for frame, original in zip(frames, stretch, strict=True)
+            ]
+            decode_boxes(path_of_cut, wanted, put, decoders)
 
 
 def _users(chosen: Sequence[ChosenClip]) -> dict[int, list[tuple[int, int]]]:
@@ -254,12 +283,20 @@ def _users(chosen: Sequence[ChosenClip]) -> dict[int, list[tuple[int, int]]]:
 
 
 def _fitted(picture: np.ndarray, output: Tensor) -> Tensor:
-    """[H, W, 3] pixels as [3, H', W'] of the output, resized where that is another size."""
+    """[H, W, C] pixels as [C, H', W'] of the output, resized where that is another size."""
     size = output.shape[-2:]
     pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
     if pixels.shape[-2:] == size:
         return pixels
     return interpolate(pixels.unsqueeze(0), size=tuple(size), mode="bilinear", antialias=True)[0]
+
+
+def _put(raw: bytes, descriptor: int) -> None:
+    """Make them all that a file in memory holds."""
+    os.ftruncate(descriptor, len(raw))
+    written = 0
+    while written < len(raw):
+        written += os.pwrite(descriptor, memoryview(raw)[written:], written)
 
 
 def _mapped(descriptor: int, num_bytes: int) -> Tensor:

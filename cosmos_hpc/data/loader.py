@@ -4,6 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import WorkerConfig, get_train_dataset, get_val_dataset
+from megatron.energon import SavableDataset, WorkerConfig, get_train_dataset, get_val_dataset
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.savable_loader import BasicDataLoader
 from torch import Tensor
@@ -21,17 +22,26 @@ from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.bad_videos import SPOILT, USELESS, SkippedVideos
 from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.clips import Fault
-from cosmos_hpc.data.dataset_index import check_dataset, is_metadataset, split_sizes
+from cosmos_hpc.data.dataset_index import check_dataset, energon_path, is_remote, split_sizes, tells_its_size
 from cosmos_hpc.data.decoders import check_decoder
 from cosmos_hpc.data.decoding import ClipDecoder
+from cosmos_hpc.data.shapes import StepShapes
 from cosmos_hpc.data.streams import BEGINNING, PositionedBatches, StreamPosition, furthest_behind, share
-from cosmos_hpc.data.task_encoder import ClipTaskEncoder
+from cosmos_hpc.data.task_encoder import ClipTaskEncoder, RawTaskEncoder
 from cosmos_hpc.data.workers import WorkerContext
 
 
 def to_unit_range(clips: Tensor) -> Tensor:
-    """uint8 clips as the network takes them: float32 in [-1, 1]. To be called on the device that computes."""
-    return clips.to(torch.float32).div_(127.5).sub_(1.0)
+    """uint8 clips [B, C, T, H, W] without their masks as the network takes them: float32 in [-1, 1].
+
+    To be called on the device that computes.
+    """
+    return clips[:, :3].to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def loss_mask(clips: Tensor) -> Tensor | None:
+    """What the loss is to look at, float32 in [0, 1] of the shape of `to_unit_range(clips)`; none: at everything."""
+    return clips[:, 3:].to(torch.float32).div_(255).expand(-1, 3, -1, -1, -1) if clips.shape[1] > 3 else None
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,9 @@ class Layout:
     train_samples: int | None
     """Samples in the split train; none where it can't be told beforehand."""
 
+    image_samples: int | None
+    """Those of data.image_path."""
+
     seed: int
     """trainer.seed."""
 
@@ -68,6 +81,7 @@ MENDS = {
     "shuffle_buffer_size": "set data.shuffle_buffer_size to {saved}",
     "clips_per_decode": "set data.clips_per_decode to {saved}",
     "clip_buffer_size": "set data.clip_buffer_size to {saved}",
+    "image_samples": "bring back the dataset of {saved} training images",
     "train_samples": "bring back the dataset of {saved} training samples",
     "seed": "set trainer.seed to {saved}",
     "energon": "install megatron-energon=={saved}",
@@ -114,21 +128,21 @@ class TrainLoader:
         """
         check_dataset(data.path, needed=("train",))
         num_workers = data.num_workers if data.num_streams is None else data.num_streams // world_size
-        path = Path(data.path)  # type: ignore[arg-type]  # checked above
-        train_samples = None if is_metadataset(path) else split_sizes(path)["train"]
-        if train_samples is not None:
-            _check_streams(data, train_samples, world_size, num_workers)
+        if data.image_path is not None:
+            check_dataset(data.image_path, needed=("train",), setting="data.image_path")
         self.layout = Layout(
             num_streams=world_size * max(1, num_workers),
             shuffle_buffer_size=data.shuffle_buffer_size,
             clips_per_decode=data.clips_per_decode,
             clip_buffer_size=data.clip_buffer_size,
-            train_samples=train_samples,
+            train_samples=_train_samples(data, "path", world_size, num_workers),
+            image_samples=_train_samples(data, "image_path", world_size, num_workers),
             seed=seed,
             energon=version("megatron-energon"),
         )
         self._rank, self._world_size = rank, world_size
-        self._path = path
+        self._path = str(data.path)
+        self._global_batch_size = data.global_batch_size
         self._skipped = SkippedVideos(quarantine, data.max_bad_share)
         self._clip_decoder = _clip_decoder(data)
         worker_config = WorkerConfig(
@@ -138,17 +152,27 @@ class TrainLoader:
             seed_offset=seed,
             global_error_handler=self._skipped.on_error,
         )
-        task_encoder = _task_encoder(data, seed, self._clip_decoder, self._skipped)
-        dataset = get_train_dataset(
-            path,
-            worker_config=worker_config,
-            batch_size=data.micro_batch_size,
-            batch_drop_last=True,
-            shuffle_buffer_size=data.shuffle_buffer_size,
-            max_samples_per_sequence=None,
-            task_encoder=task_encoder,
+        self._shapes = StepShapes(
+            *_kinds(data),
+            seed=seed,
+            batches_per_step=max(1, data.global_batch_size // (data.micro_batch_size * world_size)),
+            num_streams=max(1, num_workers),
         )
-        self._skipped.expect(task_encoder.num_videos, num_streams=max(1, num_workers))
+        images, image_encoder = None, RawTaskEncoder(self._skipped)
+        if data.image_path is not None:
+            images = _samples(data, data.image_path, worker_config, image_encoder)
+        task_encoder = ClipTaskEncoder(
+            kind_of=self._kind_of,
+            seed=seed,
+            clip_decoder=self._clip_decoder,
+            skipped=self._skipped,
+            clips_per_decode=data.clips_per_decode,
+            clip_buffer_size=data.clip_buffer_size,
+            images=images,
+        )
+        dataset = _samples(data, self._path, worker_config, task_encoder)
+        num_samples = task_encoder.num_samples + image_encoder.num_samples
+        self._skipped.expect(num_samples, num_streams=max(1, num_workers))
         self._dataset = PositionedBatches(dataset, worker_config=worker_config)
         self._loader = _open(self._dataset, seed)
         self._streams = [BEGINNING] * max(1, num_workers)
@@ -156,7 +180,9 @@ class TrainLoader:
         self._clips: Iterator[Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Uint8 clips [B, 3, T, H, W], B the micro-batch size; a second call goes on where the first one is.
+        """Uint8 clips [B, C, T, H, W], B the micro-batch size; a second call goes on where the first one is.
+
+        C is 4 with `data.masks`, else 3; T, H and W are those of the step, the same on all ranks.
 
         Raises:
             ConfigError: if no video among many can be used.
@@ -171,6 +197,9 @@ class TrainLoader:
             self._streams[stream] = StreamPosition(num_clips, state)
             self._next_stream = (stream + 1) % len(self._streams)
             yield batch.clips
+
+    def _kind_of(self, stream: int, number: int) -> ClipKind:
+        return self._shapes.of_batch(stream, number)
 
     @property
     def skipped(self) -> Counter[Fault]:
@@ -202,6 +231,8 @@ class TrainLoader:
         self._streams = share([stream for state in states for stream in state.streams], self._rank, self._world_size)
         is_same = len(states) == self._world_size
         self._next_stream = states[self._rank].next_stream if is_same else furthest_behind(self._streams)
+        consumed = sum(stream.num_clips for state in states for stream in state.streams)
+        self._shapes = self._shapes.start_at(consumed // self._global_batch_size, self._next_stream)
         self._dataset.start_at([stream.state for stream in self._streams])
         self._loader.worker_init_fn = partial(_start_worker, self._next_stream, self._loader.worker_init_fn)
 
@@ -213,7 +244,10 @@ class TrainLoader:
 
 
 class ValidationLoader:
-    """Clips of the split val for one rank: the same in every iteration, each sample at most once over all ranks."""
+    """Clips of the split val for one rank: the same in every iteration, each sample at most once over all ranks.
+
+    They are `data.num_frames` long and `data.crop_size` wide, from the middle of each video and as it is.
+    """
 
     def __init__(
         self,
@@ -240,6 +274,7 @@ class ValidationLoader:
         """
         check_dataset(data.path, needed=("val",))
         self._data = data
+        self._kind = ClipKind.of(data, data.num_frames, data.crop_size, data.crop_size)
         self._limit_batches = limit_batches
         self._skipped = SkippedVideos(quarantine, data.max_bad_share)
         self._clip_decoder = _clip_decoder(data)
@@ -252,17 +287,23 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Uint8 clips [B, 3, T, H, W]; the last batch may be smaller, and a rank without samples yields none."""
-        path = Path(self._data.path)  # type: ignore[arg-type]  # checked in __init__
-        task_encoder = _task_encoder(self._data, None, self._clip_decoder, self._skipped)
-        dataset = get_val_dataset(
-            path,
-            split_part="val",
-            worker_config=self._worker_config,
-            batch_size=self._data.micro_batch_size,
-            limit=self._limit_batches,
-            task_encoder=task_encoder,
+        path = str(self._data.path)
+        task_encoder = ClipTaskEncoder(
+            kind_of=lambda _stream, _number: self._kind,
+            seed=None,
+            clip_decoder=self._clip_decoder,
+            skipped=self._skipped,
         )
-        self._skipped.expect(task_encoder.num_videos, num_streams=max(1, self._worker_config.num_workers))
+        with _told_in_one_line(path):
+            dataset = get_val_dataset(
+                energon_path(path),
+                split_part="val",
+                worker_config=self._worker_config,
+                batch_size=self._data.micro_batch_size,
+                limit=self._limit_batches,
+                task_encoder=task_encoder,
+            )
+        self._skipped.expect(task_encoder.num_samples, num_streams=max(1, self._worker_config.num_workers))
         loader = _open(dataset, seed=0)
         try:
             for batch in _usable(loader, path):
@@ -281,19 +322,46 @@ def _clip_decoder(data: DataConfig) -> ClipDecoder:
     return ClipDecoder(data.decode_timeout_s, data.decoder)
 
 
-def _task_encoder(
-    data: DataConfig, seed: int | None, clip_decoder: ClipDecoder, skipped: SkippedVideos
-) -> ClipTaskEncoder:
-    """Training's, or with no seed validation's: one clip of each video, from its middle and as it is."""
-    is_training = seed is not None
-    return ClipTaskEncoder(
-        kind=ClipKind.of(data),
-        seed=seed,
-        clip_decoder=clip_decoder,
-        skipped=skipped,
-        clips_per_decode=data.clips_per_decode if is_training else 1,
-        clip_buffer_size=data.clip_buffer_size if is_training else 1,
-    )
+def _kinds(data: DataConfig) -> tuple[list[ClipKind], list[float]]:
+    """What training clips look like, and how often; images need no room for longer clips."""
+    shapes = data.clip_shapes
+    longest = max(num_frames for num_frames, _, _ in shapes)
+    kinds = [
+        ClipKind.of(data, *shape)._replace(
+            longest=1 if data.image_path is not None and shape[0] == 1 else longest, has_mask=data.masks
+        )
+        for shape in shapes
+    ]
+    return kinds, list(shapes.values())
+
+
+def _samples(data: DataConfig, path: str, worker_config: WorkerConfig, task_encoder: RawTaskEncoder) -> SavableDataset:
+    """Training samples of a dataset, without end; what becomes of them is the encoder's matter."""
+    with _told_in_one_line(path):
+        return get_train_dataset(
+            energon_path(path),
+            worker_config=worker_config,
+            batch_size=data.micro_batch_size,
+            batch_drop_last=True,
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            max_samples_per_sequence=None,
+            task_encoder=task_encoder,
+        )
+
+
+@contextmanager
+def _told_in_one_line(path: str) -> Iterator[None]:
+    """What an object store answers is the user's: no such bucket, profile or key."""
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(
+            f"{path} can't be opened as a dataset ({reason}): see that it is indexed, and that the profile and keys of "
+            "multi-storage-client are right (MSC_CONFIG)"
+        ) from error
 
 
 def _start_worker(first_stream: int, initialize: Callable[[int], None], worker_id: int) -> None:
@@ -317,7 +385,7 @@ def _open(dataset: Any, seed: int) -> BasicDataLoader:
     return loader
 
 
-def _usable(loader: BasicDataLoader, path: Path) -> Iterator[Any]:
+def _usable(loader: BasicDataLoader, path: str) -> Iterator[Any]:
     """Energon's batches; its error over a dataset that is not worth a run becomes the user's."""
     try:
         yield from loader
@@ -336,18 +404,26 @@ def _end_workers(loader: BasicDataLoader) -> None:
         iterator._shutdown_workers()
 
 
-def _check_streams(data: DataConfig, train_samples: int, world_size: int, num_workers: int) -> None:
-    """Refuse fewer samples than streams: Energon fails in a worker."""
-    streams = world_size * max(num_workers, 1)
-    if train_samples < streams:
-        setting = "data.num_workers" if data.num_streams is None else "data.num_streams"
-        workers = train_samples // world_size
+def _train_samples(data: DataConfig, setting: str, world_size: int, num_workers: int) -> int | None:
+    """Samples in the split train of `data.path` or `data.image_path`; none where that can't be told.
+
+    Raises:
+        ConfigError: if there are fewer than streams, over which Energon fails in a worker.
+    """
+    path = getattr(data, setting)
+    if path is None or not tells_its_size(path):
+        return None
+    samples, streams = split_sizes(Path(path))["train"], world_size * max(num_workers, 1)
+    if samples < streams:
+        count = "data.num_workers" if data.num_streams is None else "data.num_streams"
+        workers = samples // world_size
         fitting = workers if data.num_streams is None else workers * world_size
-        mend = f"set {setting} to {fitting}" if workers else "use fewer ranks"
+        mend = f"set {count} to {fitting}" if workers else "use fewer ranks"
         raise ConfigError(
-            f"data.path is {data.path}, whose split train holds {train_samples} samples, but {world_size} ranks x "
+            f"data.{setting} is {path}, whose split train holds {samples} samples, but {world_size} ranks x "
             f"{max(num_workers, 1)} workers need at least one each: {mend}, or pack more videos"
         )
+    return samples
 
 
 def _check_layout(saved: Layout, layout: Layout) -> None:

@@ -7,6 +7,7 @@ decord, which seeks wrongly in open GOPs and decodes on to the end of what it is
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -16,6 +17,9 @@ from cosmos_hpc.data.clips import UndecodableError
 
 FIRST_MS, MS_PER_FRAME = 1000, 10
 """When the frames of a cut are shown."""
+
+PICTURES = ("png", "webp")
+"""Codecs of still pictures that Matroska doesn't take; their one packet is the file."""
 
 
 class Packets(NamedTuple):
@@ -139,6 +143,9 @@ class Cutter:
         Raises:
             UndecodableError: if such a video can't be written.
         """
+        if self._packets.codec in PICTURES and len(self._content) == 1:
+            Path(target).write_bytes(bytes(self._content[0]))
+            return [0] * len(frames)
         pts = self._packets.pts
         needed = _needed(self._packets, frames)
         order = {int(place): number for number, place in enumerate(needed[np.argsort(pts[needed], kind="stable")])}

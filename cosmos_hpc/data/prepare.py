@@ -23,7 +23,7 @@ from cosmos_hpc.data.task_encoder import ClipTaskEncoder
 SHUFFLE_SEED = 42
 """Energon's own."""
 
-DATASET_YAML = """\
+VIDEOS_ALONE = """\
 __module__: megatron.energon
 __class__: StandardWebdatasetFactory
 sample_type:
@@ -32,6 +32,13 @@ sample_type:
 field_map:
   image: mp4
 """
+"""Samples as the guide's wizard maps them: other tools read them, too."""
+
+ALL_FIELDS = """\
+__module__: megatron.energon
+__class__: CrudeWebdataset
+"""
+"""Samples with all that they consist of, such as masks, several cameras or images; nothing is mapped."""
 
 
 def prepare(
@@ -81,7 +88,9 @@ def prepare(
             root / META_FOLDER / "split.yaml", yaml.safe_dump({"split_parts": splits, "exclude": []}, sort_keys=False)
         )
     if not (root / META_FOLDER / "dataset.yaml").exists():
-        write_atomically(root / META_FOLDER / "dataset.yaml", DATASET_YAML)
+        fields = {field for shard in shards for field in shard.fields}
+        content = VIDEOS_ALONE if fields <= {"mp4", "json"} else ALL_FIELDS
+        write_atomically(root / META_FOLDER / "dataset.yaml", content)
     for part, its_shards in splits.items():
         if its_shards:
             _load_one(root, part)
@@ -220,7 +229,10 @@ def _load_one(root: Path, part: str) -> None:
                 batch_size=1,
                 limit=1,
                 task_encoder=ClipTaskEncoder(
-                    kind=ClipKind(1, 16, 16), seed=None, clip_decoder=clip_decoder, skipped=skipped
+                    kind_of=lambda _stream, _number: ClipKind(1, 16, 16),
+                    seed=None,
+                    clip_decoder=clip_decoder,
+                    skipped=skipped,
                 ),
             )
             loader = get_loader(dataset, watchdog_timeout_seconds=None)

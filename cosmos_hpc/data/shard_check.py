@@ -32,6 +32,9 @@ class Shard(NamedTuple):
     end: int
     """Offset at which the walk over its members ends."""
 
+    fields: tuple[str, ...]
+    """What its samples consist of, such as `mp4` and `mask.png`."""
+
 
 def look_into_all(root: Path, names: Sequence[str], num_workers: int, on_shard: Callable[[], None]) -> list[Shard]:
     """Walk over the headers of all shards, so that a damaged one is refused here and not in the middle of a run.
@@ -89,11 +92,15 @@ def look_into(root: Path, name: str) -> Shard:
         ConfigError: if it can't be read to its end or holds no samples.
     """
     keys, last, end = 0, None, 0
+    fields: set[str] = set()
     try:
         with tarfile.open(root / name, "r:") as tar:
             for member in tar:
                 part = SAMPLE_PART.match(member.name)
-                if member.isreg() and part is not None and part["key"] != last:
+                if not member.isreg() or part is None:
+                    continue
+                fields.add(member.name[len(part["key"]) + 1 :])
+                if part["key"] != last:
                     keys, last = keys + 1, part["key"]
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
@@ -101,7 +108,7 @@ def look_into(root: Path, name: str) -> Shard:
         raise ConfigError(message) from error
     if keys == 0:
         raise ConfigError(f"{root / name} holds no samples: remove it")
-    return Shard(name, keys, end)
+    return Shard(name, keys, end, tuple(sorted(fields)))
 
 
 def indexed_offsets(tar: Path) -> list[int]:
@@ -175,10 +182,10 @@ def _remembered(root: Path) -> dict[tuple[str, int, int], Shard]:
     known = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
-            name, samples, end, size, time = json.loads(line)
+            name, samples, end, fields, size, time = json.loads(line)
         except ValueError:  # torn by a kill
             continue
-        known[name, size, time] = Shard(name, samples, end)
+        known[name, size, time] = Shard(name, samples, end, tuple(fields))
     return known
 
 

@@ -3,6 +3,7 @@
 The figures are of one H100 at 33 x 256 x 256, bfloat16, CV8x8x8 with VGG16 (benchmarks/README.md).
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ CONTEXT_BYTES = 1.35e9
 
 CLIP_BYTES = 2.63e9
 """Of each further clip in a micro batch: 14 GB at four, 6.1 at one."""
+
+KEPT = 0.6
+"""Share of that with trainer.activation_checkpointing; a guess on the safe side."""
 
 CLIPS_PER_S = {"h200": 30.0, "h100": 30.0, "b200": 30.0, "a100": 12.0}
 """Of one GPU in training; others count as a tenth of an H100."""
@@ -92,8 +96,15 @@ def memory_gb(run: RunConfig) -> float:
     ranks = run.trainer.world_size if run.optim.use_distributed_optimizer else 1
     states = num_parameters(run.model) * (8 + 8 / ranks + 4 * (run.optim.ema_decay > 0))
     width, bits = run.model.channels / RELEASED_WIDTH, 1 if run.trainer.precision == "bf16" else 2
-    clips = run.data.micro_batch_size * run.data.num_frames * run.data.crop_size**2 / VOXELS
+    clips = (
+        run.data.micro_batch_size * largest_clip(run) / VOXELS * (KEPT if run.trainer.activation_checkpointing else 1)
+    )
     return (CONTEXT_BYTES + states + CLIP_BYTES * clips * max(width, 0.3) * bits) / 1e9
+
+
+def largest_clip(run: RunConfig) -> int:
+    """Voxels of the largest clip in training."""
+    return max(math.prod(shape) for shape in run.data.clip_shapes)
 
 
 def gpu_named(*words: str | None) -> Gpu | None:
@@ -120,7 +131,7 @@ def leave(run: RunConfig, case: Case) -> Leave:
     gpu = gpu_of(run, case)
     if gpu is None:
         return Leave(None, save_s, "estimated")
-    per_s = CLIPS_PER_S.get(gpu.name, 3.0) * VOXELS / (run.data.num_frames * run.data.crop_size**2)
+    per_s = CLIPS_PER_S.get(gpu.name, 3.0) * VOXELS / largest_clip(run)
     return Leave(run.data.global_batch_size / run.trainer.world_size / per_s, save_s, "estimated")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.clips import UndecodableError
-from cosmos_hpc.data.dataset_index import is_metadataset, metadataset_parts, split_shards, split_sizes
+from cosmos_hpc.data.dataset_index import is_metadataset, is_remote, metadataset_parts, split_shards, split_sizes
 from cosmos_hpc.data.shard_check import changed_shard
 from cosmos_hpc.doctor.case import Case
 from cosmos_hpc.doctor.finding import Finding, failed, passed, warned
@@ -66,6 +66,8 @@ def dataset(case: Case) -> Iterator[Finding]:
             else:
                 yield failed("dataset", str(error))
             return
+    remote = [run.data.path for run in case.distinct(lambda run: run.data.path) if is_remote(run.data.path)]
+    yield from (passed("dataset", f"{path} is in an object store, and opened by the ranks alone") for path in remote)
     for path in _datasets(case):
         sizes = ", ".join(f"{count} {split}" for split, count in split_sizes(path).items())
         yield passed("dataset", f"{path}: {sizes}")
@@ -97,23 +99,27 @@ def _clip(data: DataConfig, path: Path, split: str, names: list[str]) -> Finding
     from cosmos_hpc.data.choosing import ClipKind  # torch: seconds of imports
     from cosmos_hpc.data.decoding import ClipDecoder
 
+    is_of_images = str(path) == data.image_path
+    shapes = [shape for shape in data.clip_shapes if split == "train" and (shape[0] == 1 or not is_of_images)]
+    kinds = [ClipKind.of(data, *shape) for shape in shapes or [(data.num_frames, data.crop_size, data.crop_size)]]
     decoder = ClipDecoder(data.decode_timeout_s, data.decoder)
     reasons = []
     try:
         for name, raw in _first_videos(path, names):
             try:
-                clip = decoder.clips(raw, ClipKind.of(data), seed=None)
+                found = decoder.clips(raw, kinds, seed=None)
             except UndecodableError as error:
                 reasons.append(f"{name}: {error}")
                 continue
-            return passed("clips", f"{path}, {split}: {name} gives {list(clip.shape[1:])}")
+            return passed("clips", f"{path}, {split}: {name} gives {', '.join(str(list(c.shape)) for c in found)}")
     except (OSError, tarfile.TarError) as error:
         reasons.append(str(error))
     finally:
         decoder.close()
     told = "; ".join(reasons) or "its shards hold no video"
-    return failed("clips", f"{path}, {split}: no clip of {data.num_frames} frames can be had ({told}): set "
-                  "data.num_frames lower, or pack other videos")  # fmt: skip
+    frames = max(kind.num_frames for kind in kinds)
+    return failed("clips", f"{path}, {split}: no clip of {frames} frames can be had ({told}): set data.num_frames "
+                  "(data.shapes) lower, or pack other videos")  # fmt: skip
 
 
 def _first_videos(path: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -134,8 +140,9 @@ def _first_videos(path: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def _datasets(case: Case) -> list[Path]:
     """Folders with an index, those inside blends too."""
-    named = [path for run in case.distinct(lambda run: (run.data.path, run.data.general_path))
-             for path in (run.data.path, run.data.general_path) if path]  # fmt: skip
+    named = [path for run in case.distinct(lambda run: (run.data.path, run.data.general_path, run.data.image_path))
+             for path in (run.data.path, run.data.general_path, run.data.image_path)
+             if path and not is_remote(path)]  # fmt: skip
     found = []
     for path in dict.fromkeys(map(Path, named)):
         is_blend = is_metadataset(path)

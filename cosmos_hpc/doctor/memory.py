@@ -1,5 +1,6 @@
 """Whether a micro batch fits the GPU: an estimate from measured figures, against the card's name."""
 
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,14 +18,15 @@ def memory(case: Case) -> Iterator[Finding]:
     """The largest of the runs against the smallest card that they may get."""
     largest = max(case.distinct(lambda run: (run.model, run.data, run.trainer, run.optim, run.cluster)), key=memory_gb)
     data, needed = largest.data, memory_gb(largest)
-    size = f"{data.micro_batch_size} x {data.num_frames} x {data.crop_size} x {data.crop_size}"
+    shape = " x ".join(map(str, max(data.clip_shapes, key=math.prod)))
+    size = f"{data.micro_batch_size} x {shape}"
     what = f"about {needed:.1f} GB at {size} ({largest.trainer.precision}), an estimate"
     gpu = gpu_of(largest, case) or _of_this_machine(case, largest)
     if gpu is None:
         if largest.cluster.gpus_per_node != 0 and case.is_on_slurm:
             yield passed("memory", f"{what}; neither GRES nor profile names a card that is known here")
         return
-    mend = "set data.micro_batch_size, data.num_frames or data.crop_size lower, or choose larger cards"
+    mend = "set data.micro_batch_size or the clip lower, trainer.activation_checkpointing=true, or choose larger cards"
     if needed > gpu.most_gb:
         yield failed("memory", f"{what}, but {gpu.name} has {gpu.most_gb:g} GB: {mend}")
     elif needed > TIGHT * gpu.least_gb:

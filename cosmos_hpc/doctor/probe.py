@@ -12,7 +12,7 @@ from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.rank_reports import last_lines
 from cosmos_hpc.config.run_folder import RunFolder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.dataset_index import is_metadataset, split_sizes
+from cosmos_hpc.data.dataset_index import split_sizes, tells_its_size
 from cosmos_hpc.doctor.case import Case
 from cosmos_hpc.doctor.finding import Finding, failed
 from cosmos_hpc.doctor.probe_report import JobReport, findings, read_ranks
@@ -79,7 +79,7 @@ def probe_run(case: Case) -> RunConfig:
     ranks = num_nodes * run.trainer.devices
     data, steps = run.data, max(run.trainer.max_steps, LONG)
     trainer = dataclasses.replace(run.trainer, num_nodes=num_nodes, min_nodes=None, max_steps=steps, max_epochs=None,
-                                  limit_val_batches=1, val_check_interval=LONG)  # fmt: skip
+                                  limit_val_batches=1, val_check_interval=LONG, compile="off")  # fmt: skip
     return dataclasses.replace(
         run,
         name=f"{run.name}-doctor",
@@ -142,4 +142,4 @@ def _told(sent: Probe, status: JobStatus, grace_s: int) -> Iterator[Finding]:
 
 def _samples(path: str | None) -> int:
     """Training videos, as far as the probe must not start more workers; many where that can't be told."""
-    return LONG if path is None or is_metadataset(Path(path)) else split_sizes(Path(path))["train"]
+    return split_sizes(Path(path))["train"] if path is not None and tells_its_size(path) else LONG

@@ -187,7 +187,7 @@ def _of_training(job: JobReport, grace_s: int) -> Iterator[Finding]:
     if job.step_s is None:
         yield failed("training step", f"{error}: see its logs")
         return
-    yield passed("training step", f"{job.step_s:.2f} s")
+    yield passed("training step", f"{job.step_s:.2f} s, not compiled")
     if job.save_s is None:
         yield failed("checkpoint", f"{error}: see its logs")
         return

@@ -162,7 +162,7 @@ def _kept(run: RunConfig) -> int:
 def _inside(case: Case) -> list[Path]:
     """What ranks read and write."""
     run = case.first
-    inputs = (run.data.path, run.data.general_path, run.model.jit_ckpt_pth)
+    inputs = (run.data.path, run.data.general_path, run.data.image_path, run.model.jit_ckpt_pth)
     named = [Path(path) for path in inputs if path is not None and Path(path).is_absolute()]
     return [case.experiment.path, *named]
 

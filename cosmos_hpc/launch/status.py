@@ -103,6 +103,9 @@ class RunStatus:
     stragglers: tuple[Straggler, ...] = ()
     """Of a running run, the slowest first."""
 
+    compilation: str | None = None
+    """Of a running run: whether it computes `compiled` or `eager`, with figures or the reason."""
+
     job: JobStatus | None = None
     """What SLURM says of the newest job; none for a local run, and where SLURM does not answer."""
 
@@ -228,6 +231,8 @@ def _told(read: _Read, job: JobStatus | None) -> RunStatus:
     last = recent[-1] if recent else {}
     ended = [attempt for attempt in state.attempts if attempt.outcome] if state else []
     status = _local_status(folder, state) if is_local else _slurm_status(folder, state, job)
+    attempt = state.attempts[-1].attempt if state and state.attempts and status == Status.RUNNING else None
+    beat = None if attempt is None else Heartbeat.of_attempt(folder, attempt)
     return RunStatus(
         run=folder.label,
         status=status,
@@ -247,7 +252,8 @@ def _told(read: _Read, job: JobStatus | None) -> RunStatus:
         data_wait=_data_wait(recent),
         time_left_s=_time_left_s(recent, max_steps) if status == Status.RUNNING else None,
         nodes=(job.nodes if job else "") or (state.attempts[-1].nodes if state and state.attempts else None) or "",
-        stragglers=_stragglers(folder, state) if state and status == Status.RUNNING else (),
+        stragglers=stragglers(beat.step_times_s) if beat else (),
+        compilation=beat.compilation if beat else None,
         job=job,
     )
 
@@ -295,11 +301,6 @@ def _unreadable(folder: RunFolder, why: str) -> RunStatus:
         last_outcome=None,
         message=why,
     )
-
-
-def _stragglers(folder: RunFolder, state: RunState) -> tuple[Straggler, ...]:
-    beat = Heartbeat.of_attempt(folder, state.attempts[-1].attempt) if state.attempts else None
-    return stragglers(beat.step_times_s) if beat else ()
 
 
 def stragglers(step_times_s: Sequence[float]) -> tuple[Straggler, ...]:

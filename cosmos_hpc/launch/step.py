@@ -183,10 +183,10 @@ def _overriding(run: RunConfig) -> list[str]:
 def needed_paths(run: RunConfig, folder: RunFolder) -> dict[str, Path]:
     """What the ranks need of the shared file system, by what the user calls it."""
     named = {"data.path": run.data.path, "data.general_path": run.data.general_path,
-             "model.jit_ckpt_pth": run.model.jit_ckpt_pth}  # fmt: skip
+             "data.image_path": run.data.image_path, "model.jit_ckpt_pth": run.model.jit_ckpt_pth}  # fmt: skip
     named |= {f"{path} of the loss": path for path in run.loss.network_files(run.trainer.max_steps)}
     # A snapshot in the Hugging Face cache links to files of its repository's folder.
-    inputs = {name: _repository(Path(path)) for name, path in named.items() if path is not None}
+    inputs = {name: _repository(Path(path)) for name, path in named.items() if path and "://" not in path}
     return {"the run folder": folder.path, **inputs}
 
 

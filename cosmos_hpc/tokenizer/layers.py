@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -194,7 +195,34 @@ class _Normalise(torch.autograd.Function):
         return own.type_as(frames), *totals, None, None
 
 
-class ResidualBlock(nn.Module):
+class Block(nn.Module):
+    """What is computed again in the backward, where memory is short: of its inside only the input is kept."""
+
+    recomputes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] to [B, C', T', H', W'], computed at once or also a second time."""
+        if self.recomputes and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What the block is."""
+        raise NotImplementedError
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Activation checkpointing: keep the input of each block, and compute its inside again in the backward.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+    """
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.recomputes = True
+
+
+class ResidualBlock(Block):
     """Two rounds of norm, SiLU and factorised convolution around a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -205,14 +233,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = FactorizedConv(out_channels, out_channels)
         self.nin_shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to [B, C', T, H, W]."""
         h = self.conv1(self.norm1(x, silu=True))
         h = self.conv2(self.norm2(h, silu=True))
         return self.nin_shortcut(x) + h
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Single-head self-attention with a residual. The head is as wide as the network (512).
 
     At that width two matrix products and a softmax are faster than the fused kernels, whose backward alone took a
@@ -228,7 +256,7 @@ class Attention(nn.Module):
         self.v = PointwiseConv(channels, channels)
         self.proj_out = PointwiseConv(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to the same."""
         normed = self.norm(x)
         attended = self.attend(*(channels_last(project(normed)) for project in (self.q, self.k, self.v)))

@@ -1,10 +1,11 @@
 """Halving and doubling of frames, height and width between two levels of the network."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosmos_hpc.tokenizer.architecture import Resampling
 from cosmos_hpc.tokenizer.layers import (
+    Block,
     PointwiseConv,
     SpatialConv,
     TemporalConv,
@@ -14,7 +15,7 @@ from cosmos_hpc.tokenizer.layers import (
 )
 
 
-class Downsample(nn.Module):
+class Downsample(Block):
     """Each halving is the sum of a strided convolution and the mean of neighbours."""
 
     def __init__(self, channels: int, resampling: Resampling) -> None:
@@ -26,7 +27,7 @@ class Downsample(nn.Module):
         self.conv3 = PointwiseConv(channels, channels)
         self.resampling = resampling
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to H/2 and W/2 in space, from 1 + 2k to 1 + k frames in time."""
         if self.resampling.in_space:
             x = self.conv1(F.pad(x, (0, 1, 0, 1))) + mean_of_four(x)
@@ -36,7 +37,7 @@ class Downsample(nn.Module):
         return self.conv3(x)
 
 
-class Upsample(nn.Module):
+class Upsample(Block):
     """Each doubling repeats neighbours and adds a convolution of the result."""
 
     def __init__(self, channels: int, resampling: Resampling) -> None:
@@ -48,7 +49,7 @@ class Upsample(nn.Module):
         self.conv3 = PointwiseConv(channels, channels)
         self.resampling = resampling
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] to 2H and 2W in space, from 1 + k to 1 + 2k frames in time."""
         if self.resampling.in_time:
             x = double_frames(x)[:, :, 1:]  # the first frame stands for itself alone

@@ -28,9 +28,9 @@ class WeightAverage:
         self._weights: list[Tensor] = [weight for _, weight in moving]
         self._move = _move_towards
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """Fuse an update into one pass over the weights."""
-        self._move = torch.compile(_move_towards, dynamic=False)
+        self._move = torch.compile(_move_towards, dynamic=False, backend=backend)
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:

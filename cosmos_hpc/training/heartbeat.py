@@ -28,6 +28,7 @@ class Heartbeat:
         self._resumed_step: int | None = None
         self._saved_step: int | None = None
         self._step_times_s: list[float] = []
+        self._compilation: str | None = None
         self._seconds = dict.fromkeys(("start", "train", "data", "validate", "save"), 0.0)
         self._entered = time.monotonic()
         self._written: int | None = None
@@ -62,6 +63,10 @@ class Heartbeat:
     def note_step_times(self, seconds: list[float], saved_step: int | None) -> None:
         """What each rank's last step took without waiting for the others, and the newest published checkpoint."""
         self._step_times_s, self._saved_step = seconds, saved_step
+
+    def note_compilation(self, told: str) -> None:
+        """Whether this attempt computes compiled or eager, and why."""
+        self._compilation = told
 
     def facts(self, saved_step: int | None) -> dict[str, Any]:
         """Where this attempt began, what it has saved by now, and its seconds by what rank 0 did."""
@@ -114,6 +119,7 @@ class Heartbeat:
             "step_times_s": self._step_times_s,
             "resumed_step": self._resumed_step,
             "saved_step": self._saved_step,
+            "compilation": self._compilation,
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
         }
         write_atomically(self._folder.heartbeat, json.dumps(beat))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.loader import TrainLoader, to_unit_range
+from cosmos_hpc.data.loader import TrainLoader, loss_mask, to_unit_range
 from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.training.adversary import Adversary
 from cosmos_hpc.training.agreement import Agreement
 from cosmos_hpc.training.checkpoint import CheckpointStore
+from cosmos_hpc.training.compilation import Compilation
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.optimizer import Optimizer
 from cosmos_hpc.training.parallel import DistributedDataParallel, Groups
@@ -77,6 +78,7 @@ class Run:
     telemetry: Telemetry
     agreement: Agreement
     guard: NonFiniteGuard
+    compilation: Compilation
 
 
 def train(state: TrainState, run: Run) -> Outcome:
@@ -131,13 +133,16 @@ def train_step(state: TrainState, batches: Iterator[Tensor], run: Run) -> Queued
     busy = Stopwatch(device)
     for index in range(num_microbatches):
         waited = time.perf_counter()
-        clips = to_unit_range(next(batches).to(device, non_blocking=True))
+        batch = run.groups.upload(next(batches))
+        clips, mask = to_unit_range(batch), loss_mask(batch)
         data_time_s += time.perf_counter() - waited
         is_last = index == num_microbatches - 1
         with nullcontext() if is_last else state.ddp.no_sync():
             with run.groups.autocast(run.config.trainer.precision):
                 outputs = state.ddp(run.losses.inputs(clips, state.step))
-            sums += run.losses.backward(clips, outputs, state.step, scale=1 / num_microbatches, is_last=is_last)
+            sums += run.losses.backward(
+                clips, outputs, state.step, scale=1 / num_microbatches, mask=mask, is_last=is_last
+            )
     busy.stop()
     run.groups.finish_gradients(state.ddp)
     losses = run.groups.total(sums) / (num_microbatches * run.groups.rank.world_size)
@@ -183,7 +188,8 @@ def _validate(state: TrainState, run: Run) -> tuple[ValidationScores, float]:
     started = time.perf_counter()
     run.telemetry.phase("validate", state.step)
     average = state.average.module if state.average is not None and state.step > 0 else None
-    scores = run.validation.run(state.module, run.telemetry.tick, average)
+    with run.compilation.paused():
+        scores = run.validation.run(state.module, run.telemetry.tick, average)
     run.telemetry.show(run.validation.pictures)
     return scores, time.perf_counter() - started
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -97,6 +98,21 @@ class Groups:
         box = [value]
         dist.broadcast_object_list(box, group=self.on_cpu, src=0)
         return box[0]
+
+    def upload(self, batch: torch.Tensor) -> torch.Tensor:
+        """A batch on this rank's device. The copy out of pinned memory goes on beside what is queued there already."""
+        if self.device.type != "cuda":
+            return batch
+        with torch.cuda.stream(self._uploads):
+            uploaded = batch.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._uploads)
+        uploaded.record_stream(computing)
+        return uploaded
+
+    @cached_property
+    def _uploads(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
     def autocast(self, precision: str) -> torch.autocast:
         """Compute in bfloat16 for `bf16`; for `32` a context that changes nothing. Weights are float32 in both."""

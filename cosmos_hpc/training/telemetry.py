@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, the heartbeat, log lines, a bar, tracking. All ranks call, rank 0 writes."""
 
+import contextlib
 import json
 import logging
 import math
@@ -200,6 +201,15 @@ class Telemetry:
         """What each rank's last step took without waiting for the others, and the newest published checkpoint."""
         if self._heartbeat is not None:
             self._heartbeat.note_step_times(seconds, saved_step)
+
+    def note_compilation(self, told: str) -> None:
+        """How this start computes; goes into provenance.json too, beside the start's other circumstances."""
+        if self._heartbeat is None:
+            return
+        self._heartbeat.note_compilation(told)
+        *before, start = json.loads(self._folder.provenance.read_text())
+        with contextlib.suppress(OSError):  # a full disk is not to end a run here
+            write_atomically(self._folder.provenance, json.dumps([*before, {**start, "compilation": told}], indent=1))
 
     def facts(self, saved_step: int | None) -> dict[str, Any]:
         """Where this attempt began, what it saved, and where its time went, on rank 0."""

@@ -141,7 +141,7 @@ def test_open_gops_are_known_as_such(oddities, name, is_open):
 @pytest.mark.parametrize("raw", [b"", bytes(900)], ids=["empty", "zeros"])
 def test_bytes_that_are_no_video_are_refused_without_a_path(raw):
     with pytest.raises(UndecodableError) as refusal:
-        ClipDecoder(5.0).clips(raw, ClipKind(1, 16, 16), None)
+        ClipDecoder(5.0).clips(raw, [ClipKind(1, 16, 16)], None)
     assert "/proc" not in str(refusal.value)
 
 
@@ -156,7 +156,8 @@ def test_decoder_that_is_not_installed_is_refused_with_the_mend(monkeypatch):
 def test_what_one_decoder_refuses_another_decodes(oddities):
     kind = ClipKind(9, 64, 64)
     for name in ("av1.mp4", "vp9.webm"):
-        clips = [ClipDecoder(60.0, decoder).clips((oddities / name).read_bytes(), kind, 3) for decoder in DECODERS]
+        raw = (oddities / name).read_bytes()
+        clips = [ClipDecoder(60.0, decoder).clips(raw, [kind], 3)[0] for decoder in DECODERS]
         assert all(torch.equal(clips[0], other) for other in clips)
 
 
@@ -174,7 +175,7 @@ def seeds() -> Iterator[int]:
 
 def test_starts_are_equally_likely_and_boxes_reach_every_edge(packets):
     kind = ClipKind(17, 256, 256)
-    chosen = [clip for seed in seeds() for clip in choose(packets, kind, 4, seed)]
+    chosen = [clip for seed in seeds() for clip in choose(packets, [kind] * 4, seed)]
     starts = Counter(int(clip.frames[0]) for clip in chosen)
     assert set(starts) == set(range(250 - 16))
     expected = 8000 / 234
@@ -187,7 +188,7 @@ def test_starts_are_equally_likely_and_boxes_reach_every_edge(packets):
 def test_clips_of_one_decode_lie_between_the_same_key_frames_and_differ(packets):
     differing = 0
     for seed in seeds():
-        clips = choose(packets, ClipKind(17, 64, 64), 4, seed)
+        clips = choose(packets, [ClipKind(17, 64, 64)] * 4, seed)
         assert len({packets.key_before(int(clip.frames[0])) for clip in clips}) == 1
         differing += len({int(clip.frames[0]) for clip in clips}) > 1
     assert differing > 1900
@@ -196,34 +197,35 @@ def test_clips_of_one_decode_lie_between_the_same_key_frames_and_differ(packets)
 def test_first_clip_of_several_is_the_one_that_would_be_chosen_alone(packets):
     kind = ClipKind(17, 64, 64)
     assert all(
-        choose(packets, kind, 4, seed)[0].frames[0] == choose(packets, kind, 1, seed)[0].frames[0] for seed in range(50)
+        choose(packets, [kind] * 4, seed)[0].frames[0] == choose(packets, [kind], seed)[0].frames[0]
+        for seed in range(50)
     )
 
 
 def test_key_frames_are_the_starts_where_they_are_far_apart(packets):
     near = ClipKind(33, 64, 64, starts_at_keys=True)  # 250 / 6 = 42 frames apart: less than two clips
-    assert len({int(choose(packets, near, 1, seed)[0].frames[0]) for seed in seeds()}) > 100
+    assert len({int(choose(packets, [near], seed)[0].frames[0]) for seed in seeds()}) > 100
     far = near._replace(num_frames=17)
     keys = (0, 30, 76, 137, 187)
-    assert {int(choose(packets, far, 1, seed)[0].frames[0]) for seed in seeds()} == set(keys)
-    starts = {int(clip.frames[0]) for seed in seeds() for clip in choose(packets, far, 3, seed)}
+    assert {int(choose(packets, [far], seed)[0].frames[0]) for seed in seeds()} == set(keys)
+    starts = {int(clip.frames[0]) for seed in seeds() for clip in choose(packets, [far] * 3, seed)}
     assert starts == {start for key in keys for start in range(key, key + 18)}
 
 
 def test_stride_skips_frames_and_still_reaches_the_whole_video(packets):
     kind = ClipKind(9, 64, 64, frame_stride=10)
     assert last_start(packets, kind) == 250 - 81
-    chosen = [choose(packets, kind, 1, seed)[0].frames for seed in seeds()]
+    chosen = [choose(packets, [kind], seed)[0].frames for seed in seeds()]
     assert all(np.array_equal(np.diff(frames), np.full(8, 10)) for frames in chosen)
     assert max(int(frames[-1]) for frames in chosen) == 249
 
 
 def test_frames_a_second_are_taken_by_their_time(packets, oddities):
-    assert choose(packets, ClipKind(9, 64, 64, fps=12.5), 1, None)[0].frames.tolist() == list(range(116, 133, 2))
-    assert choose(packets, ClipKind(5, 64, 64, fps=10), 1, 0)[0].frames.tolist()[0] <= 250 - 11
+    assert choose(packets, [ClipKind(9, 64, 64, fps=12.5)], None)[0].frames.tolist() == list(range(116, 133, 2))
+    assert choose(packets, [ClipKind(5, 64, 64, fps=10)], 0)[0].frames.tolist()[0] <= 250 - 11
     uneven = scan(str(oddities / "uneven.mp4"))  # at 0, 40, 80, 200, 240, 280, 400, 440, 480 ms and so on
     times = np.round(1000 * uneven.times_s).astype(int)
-    frames = choose(uneven, ClipKind(5, 64, 64, fps=5), 1, 11)[0].frames
+    frames = choose(uneven, [ClipKind(5, 64, 64, fps=5)], 11)[0].frames
     assert np.diff(times[frames]).tolist() == [200] * 4
 
 
@@ -231,7 +233,7 @@ def test_slower_video_gives_each_frame_once(tmp_path):
     write_mp4(tmp_path / "slow.mp4", (np.full((32, 32, 3), 9 * n, np.uint8) for n in range(20)), fps=10)
     slow = scan(str(tmp_path / "slow.mp4"))
     kind = ClipKind(9, 16, 16, fps=30)
-    assert {tuple(np.diff(choose(slow, kind, 1, seed)[0].frames)) for seed in range(30)} == {(1,) * 8}
+    assert {tuple(np.diff(choose(slow, [kind], seed)[0].frames)) for seed in range(30)} == {(1,) * 8}
     assert last_start(slow, kind) == 11
 
 
@@ -245,47 +247,47 @@ def test_slower_video_gives_each_frame_once(tmp_path):
 )
 def test_video_that_is_too_short_says_so(packets, kind, reason):
     with pytest.raises(UndecodableError, match=reason) as refusal:
-        choose(packets, kind, 1, 0)
+        choose(packets, [kind], 0)
     assert refusal.value.fault is Fault.TOO_SHORT
 
 
 def test_shorter_side_is_resized_before_the_cut(packets, oddities):
-    assert choose(packets, ClipKind(9, 64, 64, resize=136), 1, None)[0].box == Box(72, 256, 128, 128)
+    assert choose(packets, [ClipKind(9, 64, 64, resize=136)], None)[0].box == Box(72, 256, 128, 128)
     turned = scan(str(oddities / "left.mp4"))  # stored 160 x 120, seen 120 x 160
-    assert choose(turned, ClipKind(9, 120, 60), 1, None)[0].box == Box(30, 20, 60, 120)
-    clips = ClipDecoder(60.0).clips((oddities / "left.mp4").read_bytes(), ClipKind(9, 80, 60, resize=60), None)
+    assert choose(turned, [ClipKind(9, 120, 60)], None)[0].box == Box(30, 20, 60, 120)
+    clips = ClipDecoder(60.0).clips((oddities / "left.mp4").read_bytes(), [ClipKind(9, 80, 60, resize=60)], None)
     expected = next(read_frames(oddities / "left.mp4", start=25))  # 160 high, 120 wide; halved, 80 and 60
     halved = expected.reshape(80, 2, 60, 2, 3).mean(axis=(1, 3))
-    assert np.abs(clips[0, :, 0].permute(1, 2, 0).numpy() - halved).mean() < 4
+    assert np.abs(clips[0][:, 0].permute(1, 2, 0).numpy() - halved).mean() < 4
 
 
 def test_share_of_clips_is_mirrored(packets):
     raw = film("bikes.mp4").read_bytes()
     kind = ClipKind(1, 272, 640, flip=0.5)
-    mirrored = [choose(packets, kind, 1, seed)[0].is_mirrored for seed in seeds()]
+    mirrored = [choose(packets, [kind], seed)[0].is_mirrored for seed in seeds()]
     assert 0.45 < sum(mirrored) / len(mirrored) < 0.55
     seed = mirrored.index(True)
     decoder = ClipDecoder(60.0)
-    flipped = decoder.clips(raw, kind, seed)
-    straight = decoder.clips(raw, kind._replace(flip=0.0), seed)
+    (flipped,) = decoder.clips(raw, [kind], seed)
+    (straight,) = decoder.clips(raw, [kind._replace(flip=0.0)], seed)
     assert torch.equal(flipped.flip(-1), straight)
 
 
 def test_several_clips_are_what_the_single_choices_say(packets):
     kind, seed = ClipKind(9, 64, 48), 5
-    clips = ClipDecoder(60.0).clips(film("bikes.mp4").read_bytes(), kind, seed, 3)
-    assert clips.shape == (3, 3, 9, 64, 48)
+    clips = ClipDecoder(60.0).clips(film("bikes.mp4").read_bytes(), [kind] * 3, seed)
+    assert [clip.shape for clip in clips] == [(3, 9, 64, 48)] * 3
     whole = list(read_frames(film("bikes.mp4")))
-    for clip, chosen in zip(clips, choose(packets, kind, 3, seed), strict=True):
+    for clip, chosen in zip(clips, choose(packets, [kind] * 3, seed), strict=True):
         expected = np.stack([chosen.box.of(whole[frame]) for frame in chosen.frames])
         assert np.array_equal(clip.permute(1, 2, 3, 0).numpy(), expected)
 
 
 def test_no_descriptor_is_left_open():
     decoder = ClipDecoder(60.0)
-    decoder.clips(film("bikes.mp4").read_bytes(), ClipKind(1, 16, 16), 0)
+    decoder.clips(film("bikes.mp4").read_bytes(), [ClipKind(1, 16, 16)], 0)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for seed in range(3):
         decode(film("bikes.mp4"), [5], "decord")
-        decoder.clips(film("bikes.mp4").read_bytes(), ClipKind(1, 16, 16), seed)
+        decoder.clips(film("bikes.mp4").read_bytes(), [ClipKind(1, 16, 16)], seed)
     assert len(list(Path("/proc/self/fd").iterdir())) == before

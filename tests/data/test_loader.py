@@ -34,8 +34,8 @@ def test_batches_are_uint8_clips_of_the_asked_size(data_config, train_loader):
 
 
 def test_unit_range_takes_black_to_minus_one_and_white_to_one():
-    clips = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    assert to_unit_range(clips).tolist() == pytest.approx([-1.0, -0.6, 1.0])
+    clips = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1, 1)
+    assert to_unit_range(clips).flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])
     assert to_unit_range(clips).dtype == torch.float32
 
 

@@ -180,9 +180,9 @@ def test_resume_decodes_what_waits_once_again_and_nothing_else(data_config, trai
     decoded: list[int] = []
     clips = ClipDecoder.clips
 
-    def counted(self, raw, kind, seed, num_clips=1):
+    def counted(self, raw, kinds, seed, mask=None):
         decoded.append(seed)
-        return clips(self, raw, kind, seed, num_clips)
+        return clips(self, raw, kinds, seed, mask)
 
     monkeypatch.setattr(ClipDecoder, "clips", counted)
     following = take(loader, 30)

@@ -70,7 +70,7 @@ def test_video_filmed_sideways_is_read_upright_as_in_training(tmp_path, matrix, 
         raw[at : at + 4] = (value << 16).to_bytes(4, "big", signed=True)
     (tmp_path / "b.mp4").write_bytes(raw)
     height, width = next(read_frames(tmp_path / "b.mp4")).shape[:2]
-    (clip,) = ClipDecoder(60.0).clips(bytes(raw), ClipKind(3, height, width), None)
+    (clip,) = ClipDecoder(60.0).clips(bytes(raw), [ClipKind(3, height, width)], None)
     for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), clip.permute(1, 2, 3, 0).numpy(), strict=True):
         assert np.array_equal(frame, in_training)
         assert np.abs(np.rot90(picture, num_turns).astype(int) - frame).mean() < 5

@@ -54,6 +54,16 @@ def test_a_rank_well_above_the_median_is_named(folder: RunFolder, capsys: pytest
     assert run_status(folder).stragglers == (), "a heartbeat of the attempt before"
 
 
+def test_a_run_that_could_not_be_compiled_says_so(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    write_state(folder, {})
+    folder.heartbeat.write_text(json.dumps({"attempt": 0, "compilation": "eager: rank 1: compiling failed: x"}))
+    print_status([run_status(folder)])
+    assert "trial/000-0123abcd: computes eager: rank 1: compiling failed: x" in capsys.readouterr().out
+    folder.heartbeat.write_text(json.dumps({"attempt": 0, "compilation": "eager: there is no GPU"}))
+    print_status([run_status(folder)])
+    assert "computes" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("times", [[], [0.5], [0.0, 0.0], [0.5, 0.6, 0.55]])
 def test_ranks_that_keep_step_are_not_named(times: list[float]) -> None:
     assert stragglers(times) == ()

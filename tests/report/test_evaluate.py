@@ -22,6 +22,7 @@ from cosmos_hpc.report.scores import read_evaluation
 from cosmos_hpc.report.strips import write_worst
 from cosmos_hpc.tokenizer import psnr, starting_tokenizer
 from cosmos_hpc.tokenizer.frechet import FeatureNetwork
+from cosmos_hpc.tokenizer.losses.vgg import LAYER_WEIGHTS, Vgg16
 
 CHANNEL = 3
 
@@ -275,6 +276,25 @@ def test_command_compares_a_run_with_its_start_where_the_report_will_look(
     assert told["left_out"][0][0] == "drive_3"
     assert len(told["pictures"]) == 3
     assert len(list(experiment.evaluations.iterdir())) == 2
+
+
+def test_command_looks_through_the_vgg16_of_a_file(
+    dataset: Path, experiment: ExperimentFolder, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(dataset)
+    save_checkpoint(write_run(config), grey_state(config), step=40)
+    monkeypatch.setenv("COSMOS_HPC_RUNS", str(experiment.path.parent))
+    torch.manual_seed(0)
+    network = Vgg16()  # in torchvision's layout; its weights are not the trained ones
+    torch.save(network.state_dict(), tmp_path / "vgg16.pt")
+    told = json.loads(run_cli("trial", "--no-start", "--vgg16", str(tmp_path / "vgg16.pt"), "--worst", "0", "--json"))
+    distances = []
+    with torch.no_grad():
+        for batch in ValidationLoader(config.data, rank=0, world_size=1):
+            for clip in to_unit_range(batch):
+                pairs = zip(network(clip.movedim(1, 0)), network(torch.zeros_like(clip).movedim(1, 0)), strict=True)
+                distances.append(sum(w * (a - b).abs().mean() for w, (a, b) in zip(LAYER_WEIGHTS, pairs, strict=True)))
+    assert told["evaluations"][0]["scores"]["lpips"]["mean"] == pytest.approx(float(np.mean(distances)), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import torch
 from golden_vectors import error, load, set_recorded_weights
 from torch import nn
 
+from cosmos_hpc.config.schema import ModelConfig
+from cosmos_hpc.tokenizer import starting_tokenizer
 from cosmos_hpc.tokenizer.architecture import Resampling
 from cosmos_hpc.tokenizer.layers import (
     FactorizedConv,
@@ -15,6 +17,7 @@ from cosmos_hpc.tokenizer.layers import (
     SpatialConv,
     TemporalAttention,
     TemporalConv,
+    recompute_blocks,
 )
 from cosmos_hpc.tokenizer.resampling import Downsample, Upsample
 
@@ -85,3 +88,29 @@ def test_under_autocast_the_first_bias_of_a_pair_of_convolutions_counts_all_the_
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
     for parameter, gradient in zip(pair.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0.02, atol=0.02 * float(gradient.abs().max()))
+
+
+def test_blocks_that_are_computed_again_keep_less_and_give_the_same_gradients():
+    torch.manual_seed(0)
+    network = starting_tokenizer(ModelConfig(channels=8), 0).double()
+    clips = torch.randn(1, 3, 9, 32, 32, dtype=torch.float64)
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            reconstructions = network(clips).reconstructions
+        for weight in network.parameters():
+            kept.pop(weight.untyped_storage().data_ptr(), None)
+        gradient = torch.autograd.grad(reconstructions.square().sum(), list(network.parameters()))
+        return list(gradient), sum(kept.values())
+
+    expected, plain = gradients()
+    recompute_blocks(network)
+    found, checkpointed = gradients()
+    assert all(torch.equal(own, other) for own, other in zip(found, expected, strict=True))
+    assert 0 < checkpointed < plain / 2

@@ -130,6 +130,32 @@ def test_micro_batches_give_the_step_of_the_whole_batch(groups):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)
 
 
+def test_a_mask_beside_the_clips_says_what_the_loss_looks_at(groups):
+    from cosmos_hpc.data.loader import to_unit_range
+    from cosmos_hpc.tokenizer.losses.pixels import mean_absolute_difference
+    from cosmos_hpc.training.loop import train_step
+
+    def step(mask):
+        state, run, (clips,) = build(groups, 4)
+        with torch.no_grad():
+            reconstructions = state.module(to_unit_range(clips)).reconstructions
+        batch = clips if mask is None else torch.cat([clips, mask], 1)
+        _, l1, grad_norm, _ = train_step(state, iter([batch]), run).numbers.read()
+        return l1, grad_norm, to_unit_range(clips), reconstructions
+
+    whole = torch.full((4, 1, 17, 16, 16), 255, dtype=torch.uint8)
+    left = whole.clone()
+    left[..., 8:] = 0
+    everything, everywhere, nothing = step(None), step(whole), step(torch.zeros_like(whole))
+    assert everywhere[:2] == pytest.approx(everything[:2], rel=1e-5)
+    assert nothing[:2] == (0.0, 0.0)
+    l1, grad_norm, clips, reconstructions = step(left)
+    inside = mean_absolute_difference(clips[..., :8], reconstructions[..., :8])
+    assert l1 == pytest.approx(inside.item(), rel=1e-4)
+    assert grad_norm > 0
+    assert l1 != pytest.approx(everything[0], rel=1e-4)
+
+
 class SomeClips:
     """Stands for the data room: clips of their own at each step, and a position among them."""
 

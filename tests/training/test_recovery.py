@@ -10,6 +10,7 @@ from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+from cosmos_hpc.training.compilation import Compilation
 from cosmos_hpc.training.preemption import Outcome, StopRequest
 from cosmos_hpc.training.recovery import NonFiniteError
 from cosmos_hpc.training.telemetry import ValidationScores
@@ -84,7 +85,17 @@ def train_on(tmp_path, groups):
         telemetry.resume_at(0, 0)
         checkpoints, guard = CheckpointStore(folder, config, groups), NonFiniteGuard(config.trainer)
         agreement = Agreement(groups, StopRequest())
-        run = Run(config, groups, checkpoints, Losses(config.loss), NoValidation(), telemetry, agreement, guard)
+        run = Run(
+            config,
+            groups,
+            checkpoints,
+            Losses(config.loss),
+            NoValidation(),
+            telemetry,
+            agreement,
+            guard,
+            Compilation("eager"),
+        )
         outcome = train(state, run)
         telemetry.close()
         return state, folder, outcome

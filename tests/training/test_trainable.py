@@ -48,7 +48,7 @@ def trained(groups, tmp_path, trainable: str, kind: str) -> set[str]:
         state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), average, NoLoader())
         store = CheckpointStore(RunFolder(tmp_path), config, groups)
         store.load_newest(state)
-        run = Run(config, groups, store, Losses(config.loss), *[None] * 4)  # type: ignore[arg-type]
+        run = Run(config, groups, store, Losses(config.loss), *[None] * 5)  # type: ignore[arg-type]
         return state, run, store
 
     def step(state, run) -> None:

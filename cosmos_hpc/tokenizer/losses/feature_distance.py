@@ -49,9 +49,9 @@ class FeatureDistance:
         self._is_seen = [index + 1 in SEEN for index, _ in layers[1:]]
         self._fused = _Pointwise(_spread, _compare, _compare_last, _pull, _pull_last, _rectify, _gather)
 
-    def compile(self) -> None:
+    def compile(self, backend: str) -> None:
         """Fuse what lies between the convolutions."""
-        self._fused = _Pointwise._make(torch.compile(each, dynamic=False) for each in self._fused)
+        self._fused = _Pointwise._make(torch.compile(each, dynamic=False, backend=backend) for each in self._fused)
 
     @torch.no_grad()
     def __call__(self, expected: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,10 +34,10 @@ class Eye:
         self._chunk_frames = chunk_frames
         self.feature_distance: FeatureDistance | None = None
 
-    def compile(self) -> None:
+    def compile(self, backend: str) -> None:
         """Compare features alone, without Gram matrices and mask, by `FeatureDistance`, its small parts compiled."""
         self.feature_distance = FeatureDistance(self._network)
-        self.feature_distance.compile()
+        self.feature_distance.compile(backend)
 
     @torch.no_grad()
     def distances(self, clips: Tensor, reconstructions: Tensor) -> Tensor:

@@ -24,6 +24,19 @@ NAMES = ("l1", "lpips", "gram", "flow", "consistency", "kl", "fsq_entropy", "adv
 """Terms, as settings and metrics name them."""
 
 
+class Pull(NamedTuple):
+    """The loss, and its gradient at the network's outputs."""
+
+    ends: list[Tensor]
+    """Outputs, with their graphs."""
+
+    slopes: list[Tensor]
+    """Gradient at each."""
+
+    values: Tensor
+    """[1 + N] in float32 or better: the weighted sum, then what `names(step)` says, not weighted."""
+
+
 class Losses:
     """The terms with their weights, and the networks that some look through.
 
@@ -54,11 +67,17 @@ class Losses:
         self._adversarial = adversarial
         self._compare_pixels = absolute_difference_and_slope
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """Fuse what lies between the convolutions of VGG16, and the comparison of pixels."""
-        self._compare_pixels = torch.compile(absolute_difference_and_slope, dynamic=False)
+        self._compare_pixels = torch.compile(absolute_difference_and_slope, dynamic=False, backend=backend)
         if self.eye is not None:
-            self.eye.compile()
+            self.eye.compile(backend)
+
+    def interpret(self) -> None:
+        """Undo `compile`."""
+        self._compare_pixels = absolute_difference_and_slope
+        if self.eye is not None:
+            self.eye.feature_distance = None
 
     @classmethod
     def build(cls, run: RunConfig, device: torch.device, adversarial: AdversarialTerm | None = None) -> Self:
@@ -110,6 +129,27 @@ class Losses:
     ) -> Tensor:
         """Add the gradient of the loss to the network's weights, and that of its own to the discriminator's.
 
+        Takes what `pull` takes.
+
+        Returns:
+            The values of `pull`.
+        """
+        pull = self.pull(clips, outputs, step, scale=scale, mask=mask, is_last=is_last)
+        torch.autograd.backward(pull.ends, pull.slopes)
+        return pull.values
+
+    def pull(
+        self,
+        clips: Tensor,
+        outputs: Autoencoded,
+        step: int,
+        *,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+        is_last: bool = True,
+    ) -> "Pull":
+        """Differentiate the loss to what the network made, and that of the discriminator to its weights.
+
         Args:
             clips: [B, 3, T, H, W] in [-1, 1].
             outputs: what the network made of `inputs(clips, step)`, with its graph.
@@ -117,9 +157,6 @@ class Losses:
             scale: factor of the gradient, such as this micro batch's share of the step.
             mask: as the clips, in [0, 1]: what L1, lpips and gram are to look at.
             is_last: whether this is the step's last micro batch.
-
-        Returns:
-            [1 + N] in float32 or better: the weighted sum, then what `names(step)` says, not weighted.
 
         Raises:
             ValueError: if the shapes differ.
@@ -143,10 +180,9 @@ class Losses:
             slope = torch.zeros_like(leaf)
             values[name] = _differentiate(LATENT_TERMS[name], leaf, slope, task.pull(name))
             slopes += [part.type_as(end) for part, end in zip(slope.chunk(len(ends) - 1, 1), ends[1:], strict=True)]
-        torch.autograd.backward(ends, slopes)
         total = values.pop("weighted_adversarial", torch.zeros_like(values["l1"]))
         total = total + sum(weight * values[name] for name, weight in task.weights.items() if name != "adversarial")
-        return torch.stack([total, *(values[name] for name in names)])
+        return Pull(ends, slopes, torch.stack([total, *(values[name] for name in names)]))
 
     def _see(self, clips: Tensor, reconstructions: Tensor, gradient: Tensor, task: "_Task") -> dict[str, Tensor]:
         """The terms of pictures by name; their gradients are added up."""
