@@ -1,4 +1,4 @@
-"""The commands that deal with runs, for Python: `plan`, `submit`, `wait`, `status`, `cancel`, `logs`.
+"""The commands that deal with runs, for Python, under the names that they have on the command line.
 
     from cosmos_hpc import api
 
@@ -27,6 +27,7 @@ from cosmos_hpc.launch.explain import Explanation
 from cosmos_hpc.launch.explain import explain as explain_run
 from cosmos_hpc.launch.follow import follow
 from cosmos_hpc.launch.forecast import Forecast, forecasts
+from cosmos_hpc.launch.limits import misfits, partitions
 from cosmos_hpc.launch.logs import read_log
 from cosmos_hpc.launch.marks import settle
 from cosmos_hpc.launch.placement import PlacedRun, left_the_sweep, place
@@ -37,7 +38,20 @@ from cosmos_hpc.launch.submit import Submission, planned_batches
 from cosmos_hpc.launch.submit import submit as send
 from cosmos_hpc.preflight import check_inputs, with_local_image, with_local_weights, with_num_steps
 
-__all__ = ["ConfigError", "Plan", "cancel", "logs", "plan", "runs", "status", "submit", "wait"]
+__all__ = [
+    "ConfigError",
+    "Plan",
+    "cancel",
+    "checkpoint_now",
+    "explain",
+    "logs",
+    "plan",
+    "requeue",
+    "runs",
+    "status",
+    "submit",
+    "wait",
+]
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,17 @@ class Plan:
         return forecasts(configs, folders, runs_folder())
 
     def warnings(self) -> list[list[str]]:
-        """What to know of each run's settings before they are used."""
-        return [advice(run.config, place.folder) for run, place in zip(self.runs, self.placed, strict=True)]
+        """What to know of each run's settings before they are used; first why `submit` would refuse it."""
+        found = [advice(run.config, place.folder) for run, place in zip(self.runs, self.placed, strict=True)]
+        sent = [index for index, place in enumerate(self.placed)
+                if place.is_sent and place.config.cluster.executor == "slurm"]  # fmt: skip
+        try:
+            there = partitions() if sent else {}
+        except ConfigError as error:  # planned elsewhere than where it will be sent
+            return [[str(error), *said] for said in found]
+        for index in sent:
+            found[index][:0] = [misfit.message for misfit in misfits(self.runs[index].config, there)]
+        return found
 
     def batches(self) -> list[Batch]:
         """What sbatch would be given."""

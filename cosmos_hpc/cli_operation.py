@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 def status(
     experiment: Annotated[str | None, typer.Argument(help="Experiment or run; all experiments if left out.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew until all runs are over.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it anew until all runs are over, or Ctrl-C.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show how runs stand: SLURM's state, step, loss, speed, goodput, attempts and their causes, nodes, time left."""
@@ -28,18 +31,16 @@ def status(
 
     while True:
         rows = run_statuses(_runs(experiment))
-        if watch:
+        if watch and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")  # from the top of an empty screen
         if as_json:
-            print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str), flush=True)
+            print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str))
         else:
             print_status(rows)
+        sys.stdout.flush()
         if not watch or all(row.is_over for row in rows):
             return
-        try:
-            time.sleep(WATCH_S)
-        except KeyboardInterrupt:
-            return
+        time.sleep(WATCH_S)
 
 
 def cancel(run: RunName) -> None:
@@ -78,16 +79,15 @@ def logs(
     run: RunName,
     rank: Annotated[int, typer.Option(help="Rank whose log is shown.")] = 0,
     attempt: Annotated[int | None, typer.Option(help="Attempt, from 0; the newest if left out.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run is over.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing until the run is over, or Ctrl-C.")
+    ] = False,
 ) -> None:
     """Print a rank's log."""
     from cosmos_hpc.launch.logs import read_log
 
-    try:
-        for text in read_log(_one_run(run), rank, attempt, follow=follow):
-            print(text, end="", flush=True)
-    except KeyboardInterrupt:  # the run goes on
-        return
+    for text in read_log(_one_run(run), rank, attempt, follow=follow):
+        print(text, end="", flush=True)
 
 
 def explain(run: RunName, as_json: Json = False) -> None:

@@ -65,7 +65,11 @@ def submit(
     no_doctor: Annotated[bool, typer.Option("--no-doctor", help="Leave out the quick part of `doctor`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send what is missing of an experiment: finished, failed and running runs are left alone, broken ones go on."""
+    """Send what is missing of an experiment: finished, failed and running runs are left alone, broken ones go on.
+
+    What `after` names in the file has to be finished first: jobs wait for it in the queue, runs of this machine are
+    refused until it is.
+    """
     from cosmos_hpc import api
     from cosmos_hpc.tables import print_json
 

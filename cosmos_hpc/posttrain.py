@@ -1,15 +1,15 @@
-"""What `sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]` runs: lays a run out and becomes its supervisor."""
+"""What `sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]` runs first: lays out its run, and how that starts."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from cosmos_hpc import api
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.launch.batch import SUPERVISOR
+from cosmos_hpc.config.run_folder import RunFolder, write_atomically
+from cosmos_hpc.launch.batch import single_scripts, start_lines
 from cosmos_hpc.launch.container import check_container
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.placement import lay_out
@@ -22,22 +22,25 @@ PATIENCE_S = 120.0
 """How long the elements of an array wait for each other to lay their runs out."""
 
 
-def main(arguments: Sequence[str]) -> NoReturn:
-    """Lay the run out, at the size of this job, and become its supervisor, from a copy of the code.
+def main(arguments: Sequence[str]) -> None:
+    """Lay the run out, at the size of this job, with a copy of the code as it is now.
+
+    Args:
+        arguments: file to write, with the lines that start the supervisor whenever the job starts; then the experiment
+            file and settings on top of it.
 
     Raises:
         ConfigError: outside a job of SLURM, or for settings that can't work.
     """
-    if not arguments or "SLURM_JOB_ID" not in os.environ:
+    if len(arguments) < 2 or "SLURM_JOB_ID" not in os.environ:
         raise ConfigError("this is for a job of SLURM: sbatch slurm/posttrain.sbatch JOB.yaml [key=value ...]")
-    folder, code = _laid_out(arguments[0], [*_size_of_job(), *arguments[1:], "cluster.executor=slurm"])
-    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-    os.execv(sys.executable, [sys.executable, *SUPERVISOR.split(), str(folder.path)])
+    start, job, *overrides = arguments
+    folder, code = _laid_out(job, [*_size_of_job(), *overrides, "cluster.executor=slurm"])
+    write_atomically(Path(start), "\n".join(start_lines(code, shlex.quote(str(folder.path)))) + "\n")
 
 
 def _laid_out(job: str, overrides: Sequence[str]) -> tuple[RunFolder, Path]:
-    """The folder of this job's run, and of its code; other runs are laid out with it, so that all agree on names."""
+    """The folder of this job's run, and its code; the other runs are made with it, so that all agree on their names."""
     experiment = api.plan(job, overrides).experiment
     with locked(experiment.submit_lock, patience_s=PATIENCE_S):
         planned = api.plan(job, overrides)
@@ -50,6 +53,7 @@ def _laid_out(job: str, overrides: Sequence[str]) -> tuple[RunFolder, Path]:
         for index, (config, folder) in enumerate(zip(configs, folders, strict=True)):
             if index == mine or not folder.config.exists():
                 lay_out(config, folder, start)
+                folder.script.write_text(single_scripts([(config, folder)], code)[folder])
     return folders[mine], code
 
 
@@ -66,8 +70,11 @@ def _element(num_runs: int) -> int:
 
 
 def _size_of_job() -> list[str]:
-    nodes, tasks = (os.environ.get(f"SLURM_{name}") for name in ("JOB_NUM_NODES", "NTASKS_PER_NODE"))
-    return [f"{key}={value}" for key, value in (("trainer.num_nodes", nodes), ("trainer.devices", tasks)) if value]
+    """Nodes, ranks a node, and the GPUs of this one."""
+    told = {"trainer.num_nodes": "JOB_NUM_NODES", "trainer.devices": "NTASKS_PER_NODE"}
+    size = {key: os.environ.get(f"SLURM_{name}") for key, name in told.items()}
+    size["cluster.gpus_per_node"] = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    return [f"{key}={value}" for key, value in size.items() if value]
 
 
 if __name__ == "__main__":

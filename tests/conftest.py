@@ -29,8 +29,9 @@ def write_film(path: Path, *, num_frames: int = 17, height: int = 48, width: int
 
 @pytest.fixture(autouse=True)
 def own_runs_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a test go into its working folder, whatever the caller's environment says."""
+    """Runs of a test go into its working folder, and no SLURM answers, whatever the caller's environment says."""
     monkeypatch.delenv("COSMOS_HPC_RUNS", raising=False)
+    monkeypatch.setenv("SLURM_CONF", os.devnull)
 
 
 @pytest.fixture(scope="session")

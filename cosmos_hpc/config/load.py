@@ -85,6 +85,7 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
         merged["cluster"] = {"executor": "slurm"}
     if isinstance(merged.get("after"), str | int):
         merged["after"] = [str(merged["after"])]  # one is written without brackets
+    _run_images_as_the_cluster_does(merged, source)
     experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
     _let_epochs_decide(experiment)
     for key in experiment.sweep.keys:
@@ -92,6 +93,19 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
         if key == "name":
             raise ConfigError(f"{source}: sweep: name is the experiment's, which all its runs share: take it out")
     return experiment
+
+
+def _run_images_as_the_cluster_does(settings: dict[str, Any], source: str) -> None:
+    """Where an image is named and no mode, the cluster's profile says how its nodes run images."""
+    cluster, container = settings.get("cluster") or {}, settings.get("container") or {}
+    if container.get("image") is None or container.get("mode") is not None or cluster.get("executor") != "slurm":
+        return
+    if cluster.get("container_mode") is None:
+        raise ConfigError(
+            f"{source}: container.image is set, but neither cluster.container_mode nor container.mode says how the "
+            "cluster runs images: set pyxis or enroot, or none to leave it out"
+        )
+    settings["container"] = {**container, "mode": cluster["container_mode"]}
 
 
 def _let_epochs_decide(experiment: Experiment) -> None:

@@ -1,8 +1,11 @@
 """Every path of an experiment and of a run, and the name that a run's settings give it."""
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,31 @@ def run_hash(run: RunConfig) -> str:
     """Eight hexadecimal digits over the settings that change the result; equal settings, equal digits."""
     text = json.dumps(identity(run), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_hashes(runs: Sequence[RunConfig]) -> list[str]:
+    """The same for the runs of a sweep, each by what tells it from the others.
+
+    Where some would have the same result, as in a sweep over nodes alone, what else they differ in names them as well.
+    """
+    found = [run_hash(run) for run in runs]
+    for digits in [digits for digits, count in Counter(found).items() if count > 1]:
+        twins = {index: _flat(dataclasses.asdict(runs[index])) for index, own in enumerate(found) if own == digits}
+        varied = sorted(
+            key for key in set().union(*twins.values()) if len({repr(t.get(key)) for t in twins.values()}) > 1
+        )
+        for index, settings in twins.items():
+            text = json.dumps([digits, {key: repr(settings.get(key)) for key in varied}])
+            found[index] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return found
+
+
+def _flat(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted setting to value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -255,8 +283,7 @@ class ExperimentFolder:
         existing = {folder.path.name.partition("-")[2]: folder for folder in self.runs()}
         free = 1 + max((int(folder.path.name.partition("-")[0]) for folder in existing.values()), default=-1)
         placed = []
-        for run in runs:
-            digits = run_hash(run)
+        for digits in run_hashes(runs):
             if digits not in existing:
                 existing[digits] = RunFolder(self.path / f"{free:03d}-{digits}")
                 free += 1

@@ -512,6 +512,10 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables set for the ranks, such as NCCL's."""
 
+    container_mode: str | None = None
+    """How this cluster runs images: `pyxis` or `enroot`. It counts where container.image is set and container.mode is
+    not."""
+
     health_check_s: float = 10.0
     """Seconds that each node has, before every start of the ranks, to show that it is well; 0 leaves the check out."""
 
@@ -525,6 +529,10 @@ class ClusterConfig:
         require(
             self.executor in ("slurm", "local"),
             f"cluster.executor is {self.executor!r}: set slurm or local",
+        )
+        require(
+            self.container_mode in (None, "pyxis", "enroot"),
+            f"cluster.container_mode is {self.container_mode!r}: set pyxis or enroot",
         )
         for name in ("time_limit_min", "grace_s"):
             value = getattr(self, name)
@@ -595,7 +603,8 @@ class RunConfig:
     """Online tracking."""
 
     after: tuple[str, ...] = neutral(())
-    """Experiments that have to be finished first, or SLURM jobs by name or number, such as one that packs the data."""
+    """Experiments that have to be finished first, or SLURM jobs by name or number, such as one that packs the data.
+    Jobs wait in the queue; runs of this machine don't wait, and are refused until then."""
 
     def __post_init__(self) -> None:
         require(
@@ -629,6 +638,12 @@ class RunConfig:
         """Sample streams over all ranks: `data.num_streams`, else what the first start fixes it to."""
         chosen = self.data.num_streams
         return self.data.num_workers * self.trainer.world_size if chosen is None else chosen
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that a job asks for on each node."""
+        asked = self.cluster.gpus_per_node
+        return self.trainer.devices if asked is None else asked
 
     @property
     def lr_decay_steps(self) -> int:

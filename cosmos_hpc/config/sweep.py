@@ -7,7 +7,7 @@ from typing import Any
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import Experiment, resolve_all
-from cosmos_hpc.config.run_folder import run_hash
+from cosmos_hpc.config.run_folder import run_hashes
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.config.sweep_schema import RandomSweepConfig, SweepConfig
 
@@ -32,12 +32,12 @@ def expand(experiment: Experiment) -> list[PlannedRun]:
     rows = choices(experiment.sweep)
     runs = [PlannedRun(run, chosen) for run, chosen in zip(resolve_all(experiment, rows), rows, strict=True)]
     seen: dict[str, PlannedRun] = {}
-    for run in runs:
-        twin = seen.setdefault(run_hash(run.config), run)
+    for run, digits in zip(runs, run_hashes([run.config for run in runs]), strict=True):
+        twin = seen.setdefault(digits, run)
         if twin is not run:
             raise ConfigError(
                 f"{experiment.source}: the sweep makes the same run twice, as {twin.choices} and {run.choices} "
-                "change nothing in the result: drop one"
+                "are the same settings: drop one"
             )
     return runs
 

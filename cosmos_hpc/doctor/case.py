@@ -9,7 +9,7 @@ from cosmos_hpc.config.run_folder import ExperimentFolder
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.after import jobs_before
 from cosmos_hpc.launch.controller import cluster_settings, partition_settings
-from cosmos_hpc.launch.limits import Partition, chosen_partitions, partitions
+from cosmos_hpc.launch.limits import Partition, partition_names, partitions
 
 
 @dataclass(frozen=True, eq=False)  # hashed as the object that it is
@@ -57,6 +57,12 @@ class Case:
         """
         return cluster_settings()
 
+    @property
+    def rows(self) -> list[Partition]:
+        """The partitions that the first run may start in, as far as they are there."""
+        names = partition_names(self.first, self.partitions)
+        return [self.partitions[name] for name in names if name in self.partitions]
+
     @cached_property
     def chosen(self) -> dict[str, dict[str, str]]:
         """What `scontrol show partition` says of each partition that the first run may start in.
@@ -64,8 +70,7 @@ class Case:
         Raises:
             ConfigError: if it says nothing.
         """
-        rows, _ = chosen_partitions(self.first, self.partitions)
-        return {row.name: partition_settings(row.name) for row in rows}
+        return {row.name: partition_settings(row.name) for row in self.rows}
 
     @cached_property
     def jobs_before(self) -> list[str]:

@@ -14,10 +14,14 @@ from cosmos_hpc.doctor.finding import Finding, failed, passed, warned
 from cosmos_hpc.launch.batch import batches
 from cosmos_hpc.launch.controller import whole_seconds
 from cosmos_hpc.launch.directives import directives
-from cosmos_hpc.launch.limits import chosen_partitions, largest_array, misfits
+from cosmos_hpc.launch.limits import largest_array, misfits, partition_names
 from cosmos_hpc.launch.queue import num_partition_nodes
 from cosmos_hpc.launch.snapshot import snapshot_folder
 from cosmos_hpc.launch.submit import sbatch
+
+TITLES = {"partition": "partition", "time_limit_min": "time limit", "num_nodes": "nodes", "gpus_per_node": "GPUs",
+          "cpus_per_node": "CPUs"}  # fmt: skip
+"""What the table calls each limit of a partition."""
 
 EARLY_S = 60
 """SLURM warns of the time limit up to so much before it was asked to, and never later."""
@@ -25,12 +29,13 @@ EARLY_S = 60
 
 def limits(case: Case) -> Iterator[Finding]:
     """Partition, time limit, nodes, GPUs and CPUs, as `submit` refuses them."""
-    found = list(misfits(case.runs, case.partitions))
-    yield from (failed(misfit.limit, misfit.message) for misfit in found)
+    runs = case.distinct(lambda run: (run.cluster, run.trainer.num_nodes, run.trainer.devices))
+    found = {misfit.message: misfit for run in runs for misfit in misfits(run, case.partitions)}
+    yield from (failed(TITLES[misfit.limit], misfit.message) for misfit in found.values())
     if not found:
         run = case.first
-        names = ", ".join(row.name for row in chosen_partitions(run, case.partitions)[0])
         size = f"{run.trainer.num_nodes} nodes x {run.trainer.devices} ranks"
+        names = ", ".join(partition_names(run, case.partitions))
         yield passed("partition", f"{names}: {size} for {run.cluster.time_limit_min} min fit")
 
 

@@ -140,11 +140,9 @@ def gpu_of(run: RunConfig, case: Case) -> Gpu | None:
     if run.cluster.gpus_per_node == 0 or not case.is_on_slurm:
         return None
     wished = [str(value) for name, value in run.cluster.directives.items() if name.startswith(("gres", "gpus"))]
-    rows = [case.partitions[name] for name in (run.cluster.partition or "").split(",") if name in case.partitions]
-    rows = rows or [row for row in case.partitions.values() if row.is_default]
     return (
         gpu_named(*wished, run.cluster.constraint)
-        or gpu_named(*(kind for row in rows for kind in row.gpu_types))
+        or gpu_named(*(kind for row in case.rows for kind in row.gpu_types))
         or gpu_named(run.cluster.partition)
     )
 

@@ -17,7 +17,6 @@ from cosmos_hpc.doctor.case import Case
 from cosmos_hpc.doctor.finding import Finding, failed
 from cosmos_hpc.doctor.probe_report import JobReport, findings, read_ranks
 from cosmos_hpc.launch.batch import script_around
-from cosmos_hpc.launch.limits import chosen_partitions
 from cosmos_hpc.launch.queue import JobStatus, cancel_jobs, job_statuses
 from cosmos_hpc.launch.snapshot import take_snapshot
 from cosmos_hpc.launch.submit import sbatch
@@ -74,8 +73,7 @@ def probe(case: Case, on_look: Callable[[str], None]) -> list[Finding]:
 def probe_run(case: Case) -> RunConfig:
     """The first run on so many nodes, without end, and without what a probe has no use for."""
     run = case.first
-    rows, _ = chosen_partitions(run, case.partitions)
-    num_nodes = min(NUM_NODES, max((row.num_nodes for row in rows), default=NUM_NODES))
+    num_nodes = min(NUM_NODES, max((row.num_nodes for row in case.rows), default=NUM_NODES))
     ranks = num_nodes * run.trainer.devices
     data, steps = run.data, max(run.trainer.max_steps, LONG)
     trainer = dataclasses.replace(run.trainer, num_nodes=num_nodes, min_nodes=None, max_steps=steps, max_epochs=None,

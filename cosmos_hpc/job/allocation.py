@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, Ending
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.job.guard import start_guard
 from cosmos_hpc.job.health import Problem, check_nodes
 from cosmos_hpc.job.policy import BAD_NODE
 from cosmos_hpc.launch.queue import OwnJob, host_names, job_runs, num_partition_nodes, own_job, requeue_own_job
@@ -72,6 +74,7 @@ class Allocation:
         self._folder = folder
         self._config = config
         self._bad: set[str] = set()
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def prepare(self, record: AttemptRecord) -> Place | None:
         """Ask the nodes how they are before the ranks start.
@@ -98,6 +101,7 @@ class Allocation:
             logger.warning("%s goes on with %d nodes", self._folder.label, config.trainer.num_nodes)
         is_whole = config.trainer.num_nodes == len(there)
         chosen = () if is_whole else tuple(nodes[: config.trainer.num_nodes])
+        self._stand_guard([node for node in there if node != _own_node()])
         return Place(config, chosen, _warn_at(self._config, own))
 
     def judge(self, record: AttemptRecord) -> None:
@@ -117,10 +121,14 @@ class Allocation:
         """Whether the run may go on in this job with the nodes that are left."""
         return self._fit([node for node in host_names(_own().nodes) if node not in self._bad]) is not None
 
-    def end_before(self) -> Ending | None:
-        """Why SLURM ended the run of this job before the present one; none where it was not SLURM."""
-        ended = [run.state for run in job_runs(slurm_job_id()) if run.end is not None]
-        return ENDS.get(ended[-1]) if ended else None
+    def end_before(self, record: AttemptRecord) -> Ending | None:
+        """Why the run of this job ended in which an attempt was torn; none where its supervisor was killed alone."""
+        ended = [run for run in job_runs(slurm_job_id()) if run.end is not None]
+        if not ended:
+            return None
+        first = host_names(record.nodes or "")[:1]
+        is_without = self._config.trainer.min_nodes is not None and not {*first} <= {*host_names(ended[-1].nodes)}
+        return Ending.NODE_FAILURE if is_without else ENDS.get(ended[-1].state)
 
     def is_time_short(self) -> bool:
         """Whether another start would not be worth it."""
@@ -158,6 +166,15 @@ class Allocation:
                 print(f"health gate: {problem}", file=output)
                 logger.warning("%s: %s", self._folder.label, problem)
         return problems
+
+    def _stand_guard(self, others: Sequence[str]) -> None:
+        """Before the ranks start, whose step is the newest one then."""
+        if (
+            self._config.trainer.min_nodes is not None
+            and others
+            and (self._guard is None or self._guard.poll() is not None)
+        ):
+            self._guard = start_guard(self._config, _own_node(), others)
 
     def _fit(self, nodes: Sequence[str]) -> RunConfig | None:
         """The settings for the most of these nodes that the batch and the sample streams can be shared among."""

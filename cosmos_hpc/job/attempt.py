@@ -193,8 +193,8 @@ def close_torn(folder: RunFolder, record: AttemptRecord, by_slurm: Ending | None
         record.outcome = Ending(agreed.outcome)
         return
     if by_slurm is not None:
-        record.outcome, record.followed = by_slurm, "was requeued by SLURM"
-        record.message = None if by_slurm.is_agreed else f"{by_slurm.replace('_', ' ')}: SLURM ended the job"
+        record.outcome, record.followed = by_slurm, "went back to the queue"
+        record.message = None if by_slurm.is_agreed else f"{by_slurm.replace('_', ' ')}: the job lost a node"
         return
     record.outcome = Ending.SUPERVISOR_KILLED
     record.error = record.message = "the supervisor was killed, and the ranks with it"

@@ -67,7 +67,7 @@ class _Watch:
     def run(self) -> None:
         for record in self._state.attempts:
             if record.ended is None:
-                by_slurm = self._allocation.end_before() if self._allocation is not None else None
+                by_slurm = self._allocation.end_before(record) if self._allocation is not None else None
                 close_torn(self._folder, record, by_slurm if record.job_id == slurm_job_id() else None)
         self._queued_at = _queued_at(self._folder, self._state)
         self._become(Status.WAITING)

@@ -19,11 +19,11 @@ def jobs_before(names: Sequence[str], *, is_local: bool) -> list[str]:
     Raises:
         ConfigError: for something that is not there, that failed, or that can't be waited for.
     """
-    jobs = [job for name in names for job in _before(name, is_local)]
-    if is_local and jobs:
-        raise ConfigError(f"after: {', '.join(names)} is not finished, and runs of this machine don't wait: submit "
-                          "again when it is, see `cosmos-hpc status`")  # fmt: skip
-    return jobs
+    left = {name: _before(name, is_local) for name in names}
+    for name in [name for name, jobs in left.items() if jobs and is_local]:
+        raise ConfigError(f"after: {name} is not finished, and runs of this machine don't wait for others: submit "
+                          f"again when `cosmos-hpc status {name} --watch` has ended")  # fmt: skip
+    return [job for jobs in left.values() for job in jobs]
 
 
 def _before(name: str, is_local: bool) -> list[str]:

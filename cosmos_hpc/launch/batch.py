@@ -94,8 +94,18 @@ def script_around(run: RunConfig, experiment: ExperimentFolder, code: Path, comm
         code: folder of the snapshot that the job runs from.
         command: what Python is given.
     """
-    lines = [*_snapshot_lines(code), shlex.join([sys.executable, "-u", *command])]
+    lines = [*_code_lines(code), shlex.join([sys.executable, "-u", *command])]
     return str(_executor(run, experiment, None)._executor._make_submission_file_text("\n".join(lines), "")) + "\n"
+
+
+def start_lines(code: Path, run: str) -> list[str]:
+    """What a script does to start the supervisor of a run with some code.
+
+    Args:
+        code: folder of the snapshot.
+        run: its folder, as a word of bash.
+    """
+    return [*_code_lines(code), f"{shlex.quote(sys.executable)} {SUPERVISOR} {run}"]
 
 
 def run_of(script: Path, job: str) -> RunFolder | None:
@@ -167,16 +177,15 @@ def _text(group: list[tuple[RunConfig, RunFolder]], code: Path, max_parallel: in
     executor = _executor(run, folder.experiment, max_parallel)._executor
     if len(group) > 1:
         executor.parameters["map_count"] = len(group)  # as submitit does for an array
-    python, paths = shlex.quote(sys.executable), [shlex.quote(str(folder.path)) for _, folder in group]
-    lines = _snapshot_lines(code)
+    paths = [shlex.quote(str(folder.path)) for _, folder in group]
     if len(group) == 1:
-        lines.append(f"{python} {SUPERVISOR} {paths[0]}")
+        lines = start_lines(code, paths[0])
     else:
-        lines += ["runs=(", *paths, ")", f'{python} {SUPERVISOR} "${{runs[$SLURM_ARRAY_TASK_ID]}}"']
+        lines = ["runs=(", *paths, ")", *start_lines(code, '"${runs[$SLURM_ARRAY_TASK_ID]}"')]
     return str(executor._make_submission_file_text("\n".join(lines), "")) + "\n"
 
 
-def _snapshot_lines(code: Path) -> list[str]:
+def _code_lines(code: Path) -> list[str]:
     return [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",

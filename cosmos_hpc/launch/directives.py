@@ -39,7 +39,7 @@ def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any
         "requeue": True,
         "nodes": trainer.num_nodes,
         "ntasks_per_node": trainer.devices,
-        "gpus_per_node": trainer.devices if cluster.gpus_per_node is None else cluster.gpus_per_node,
+        "gpus_per_node": run.gpus_per_node,
         "cpus_per_task": cluster.cpus_per_task,
         "no_kill": None if trainer.min_nodes is None else True,  # the job outlives the loss of a node
         "reservation": cluster.reservation,

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -44,10 +44,29 @@ class Misfit(NamedTuple):
     """What a run asks for and its partition does not have."""
 
     limit: str
-    """`partition`, `time limit`, `nodes`, `GPUs` or `CPUs`."""
+    """`partition`, or a field of `Partition`."""
 
     message: str
     """With the setting, what the partition allows, and the mend."""
+
+
+COMPARED: dict[str, tuple[Callable[[RunConfig], int], str]] = {
+    "time_limit_min": (
+        lambda run: run.cluster.time_limit_min,
+        "cluster.time_limit_min is {wanted}, but {name} allows {most:g}: set that or less, runs go on in the next job",
+    ),
+    "num_nodes": (lambda run: run.trainer.num_nodes, "trainer.num_nodes is {wanted}, but {name} has {most}: set fewer"),
+    "gpus_per_node": (
+        lambda run: run.gpus_per_node,
+        "trainer.devices (cluster.gpus_per_node) asks for {wanted} GPUs a node, but nodes of {name} have {most}: set "
+        "that or less (cluster.gpus_per_node=0: none), or another partition",
+    ),
+    "cpus_per_node": (
+        lambda run: run.trainer.devices * (run.cluster.cpus_per_task or 1),
+        "trainer.devices x cluster.cpus_per_task is {wanted}, but nodes of {name} have {most} CPUs: set fewer",
+    ),
+}
+"""Each limit of a partition: what of a run is compared with it, and what is said where that is more."""
 
 
 def partitions() -> dict[str, Partition]:
@@ -82,36 +101,35 @@ def check_fits(runs: Sequence[RunConfig]) -> None:
     Raises:
         ConfigError: with the setting, what the partition allows, and the mend.
     """
-    for misfit in misfits(runs, partitions()):
+    there = partitions()
+    for misfit in (misfit for run in runs for misfit in misfits(run, there)):
         raise ConfigError(misfit.message)
 
 
-def misfits(runs: Sequence[RunConfig], there: dict[str, Partition]) -> Iterator[Misfit]:
-    """All that runs ask for beyond what their partitions have, each thing once.
+def misfits(run: RunConfig, there: Mapping[str, Partition]) -> Iterator[Misfit]:
+    """All that a run asks for beyond what its partition has, or the largest of those that it may start in.
 
     Args:
-        runs: all for SLURM.
+        run: for SLURM.
         there: from `partitions`.
     """
-    for run in {(run.cluster.partition, run.cluster.time_limit_min, run.trainer.num_nodes, _gpus_of(run),
-                 run.trainer.devices, run.cluster.cpus_per_task): run for run in runs}.values():  # fmt: skip
-        rows, missing = chosen_partitions(run, there)
-        yield from missing
-        if not missing:
-            yield from _beyond(run, rows)
-
-
-def chosen_partitions(run: RunConfig, there: dict[str, Partition]) -> tuple[list[Partition], list[Misfit]]:
-    """The partitions that a run may start in, or why there is none."""
-    partition = run.cluster.partition
-    names = partition.split(",") if partition else [row.name for row in there.values() if row.is_default]
-    mend = f"set {' or '.join(there)}"
+    asked, mend, names = run.cluster.partition, f"set {' or '.join(there)}", partition_names(run, there)
     if not names:
-        return [], [Misfit("partition", f"cluster.partition is not set, and this cluster has no default: {mend}")]
-    if any(name not in there for name in names):
-        lacks = f"cluster.partition is {partition}, which this cluster does not have: {mend}"
-        return [], [Misfit("partition", lacks)]
-    return [there[name] for name in names], []
+        yield Misfit("partition", f"cluster.partition is not set, and this cluster has no default: {mend}")
+    elif not set(names) <= set(there):
+        yield Misfit("partition", f"cluster.partition is {asked}, which this cluster does not have: {mend}")
+    else:
+        for limit, (wanted, words) in COMPARED.items():
+            most = max(getattr(there[name], limit) for name in names)
+            if wanted(run) > most:
+                name = f"partition {' and '.join(names)}"
+                yield Misfit(limit, words.format(wanted=wanted(run), most=most, name=name))
+
+
+def partition_names(run: RunConfig, there: Mapping[str, Partition]) -> list[str]:
+    """The partitions that a run may start in: its own, else the default; they need not be there."""
+    asked = run.cluster.partition
+    return asked.split(",") if asked else [row.name for row in there.values() if row.is_default]
 
 
 def largest_array() -> int:
@@ -121,32 +139,6 @@ def largest_array() -> int:
         ConfigError: if the controller does not answer.
     """
     return max(1, int(cluster_settings().get("MaxArraySize", 1001)))  # 0: no arrays; 1001: SLURM's own default
-
-
-def _beyond(run: RunConfig, rows: Sequence[Partition]) -> Iterator[Misfit]:
-    cluster, trainer, gpus = run.cluster, run.trainer, _gpus_of(run)
-    name = " and ".join(row.name for row in rows)
-    most = max(row.time_limit_min for row in rows)
-    if cluster.time_limit_min > most:
-        yield Misfit("time limit", f"cluster.time_limit_min is {cluster.time_limit_min}, but partition {name} allows "
-                     f"{most:g}: set that or less, a run goes on in its next job")  # fmt: skip
-    most = max(row.num_nodes for row in rows)
-    if trainer.num_nodes > most:
-        asked = f"trainer.num_nodes is {trainer.num_nodes}"
-        yield Misfit("nodes", f"{asked}, but partition {name} has {most}: set fewer")
-    most = max(row.gpus_per_node for row in rows)
-    if gpus > most:
-        mend = f"{most} or less" if most else "cluster.gpus_per_node=0, or another partition"
-        yield Misfit("GPUs", f"trainer.devices (cluster.gpus_per_node) asks for {gpus} GPUs a node, but nodes of "
-                     f"partition {name} have {most}: set {mend}")  # fmt: skip
-    most, per_task = max(row.cpus_per_node for row in rows), cluster.cpus_per_task or 1
-    if trainer.devices * per_task > most:
-        yield Misfit("CPUs", f"trainer.devices x cluster.cpus_per_task = {trainer.devices} x {per_task}, but nodes of "
-                     f"partition {name} have {most} CPUs: set fewer")  # fmt: skip
-
-
-def _gpus_of(run: RunConfig) -> int:
-    return run.trainer.devices if run.cluster.gpus_per_node is None else run.cluster.gpus_per_node
 
 
 def _larger(one: Partition, other: Partition) -> Partition:

@@ -165,6 +165,7 @@ def _srun(run: RunConfig, nodes: Sequence[str]) -> list[str]:
         f"--nodes={run.trainer.num_nodes}",
         f"--ntasks={run.trainer.world_size}",
         f"--ntasks-per-node={run.trainer.devices}",
+        f"--gpus-per-node={run.gpus_per_node}",
     ]
     if run.cluster.cpus_per_task is not None:
         size.append(f"--cpus-per-task={run.cluster.cpus_per_task}")

@@ -10,6 +10,7 @@ from slurm_cluster import SlurmCluster, wait_until
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, RunState
+from cosmos_hpc.launch.status import run_status
 
 pytestmark = pytest.mark.slurm
 
@@ -59,6 +60,14 @@ def test_a_rank_that_dies_hangs_or_meets_a_quota_is_told_and_starts_again_in_its
     runs = {
         fault: submit(job(quick_job, environment={"STAND_IN_FAULT": fault}, **settings), fault)[0] for fault in FAULTS
     }
+    refusing = job(quick_job, environment={"STAND_IN_FAULT": "refuse"})
+    (refused,) = submit(refusing, "refused")
+    wait_for_end(slurm_cluster, refused, "COMPLETED", "FAILED")
+    assert (outcomes(refused), run_status(refused).status) == (["user_error"], "failed"), story(slurm_cluster, refused)
+    ended = slurm_cluster.job(job_id(refused))
+    assert (ended.state, ended.exit_code) == ("FAILED", "1:0"), "the supervisor's own end is the job's"
+    assert "sent 0 of 1 runs, 1 failed" in cosmos_hpc("submit", refusing, "name=refused")
+    assert "sent 1 of 1" in cosmos_hpc("submit", refusing, "name=refused", "--retry", "failed")
     for fault, folder in runs.items():
         wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
         assert outcomes(folder) == [FAULTS[fault].ending, "finished"], story(slurm_cluster, folder)
@@ -72,6 +81,15 @@ def test_a_rank_that_dies_hangs_or_meets_a_quota_is_told_and_starts_again_in_its
     assert "then: went on in the same job" in told
     wait_until(lambda: "SLURM's accounts: " in cosmos_hpc("explain", "die"), "the accounting", 30)
     assert "OSError: [Errno 122] Disk quota exceeded" in cosmos_hpc("explain", "quota")
+    assert re.search(
+        r"hang.*rank 0 in fail \(train.py:\d+\); rank 1 in leave_together \(train.py", attempts(runs["hang"])[0].message
+    )
+    for rank, frame in enumerate(("in fail", "in leave_together")):
+        stacks = runs["hang"].rank_log(0, rank).read_text()
+        assert frame in stacks
+        assert "in main" in stacks, "down to where it began"
+    wait_for_end(slurm_cluster, refused, "COMPLETED", "FAILED")
+    assert outcomes(refused) == ["user_error", "finished"], story(slurm_cluster, refused)
 
 
 def test_a_node_with_a_bad_gpu_is_found_before_the_start_and_avoided_from_then_on(slurm_cluster, quick_job, tmp_path):
@@ -100,27 +118,33 @@ def test_a_node_without_power_and_a_time_limit_that_is_hit_twice(slurm_cluster, 
     settings = job(quick_job, restarts={"backoff_s": 0.2})
     (elastic,) = submit(settings, "elastic", "trainer.min_nodes=1", "trainer.max_steps=300")
     (moved,) = submit(settings, "moved", "trainer.max_steps=300")
-    for folder in (elastic, moved):
+    settings = job(quick_job, restarts={"backoff_s": 0.2}, exclude=f"{slurm_cluster.nodes[0][:-1]}[1]")
+    (headless,) = submit(settings, "headless", "trainer.min_nodes=1", "trainer.max_steps=300")
+    for folder in (elastic, moved, headless):
         wait_for_step(slurm_cluster, folder, 12)
+    assert attempts(headless)[0].host == lost
     assert {attempts(folder)[0].nodes for folder in (elastic, moved)} == {slurm_cluster.job(job_id(moved)).nodes}
     ask_for_a_checkpoint(slurm_cluster, limited)
     with (
+        events.event(slurm_cluster, headless, "the same, and it is the first node", ranks="stand-in"),
         events.event(slurm_cluster, moved, "a node loses its power (noticed after 10 s)", ranks="stand-in"),
         events.event(slurm_cluster, elastic, "the same with trainer.min_nodes", ranks="stand-in"),
     ):
         slurm_cluster.power_off(lost)
     assert attempts(elastic)[-1].nodes == slurm_cluster.nodes[0], story(slurm_cluster, elastic)
-    for folder in (elastic, moved):
+    slurm_cluster.wait_for_restart(job_id(limited), 2, limit_s=240)
+    slurm_cluster.call("scontrol", "update", f"JobId={job_id(limited)}", "TimeLimit=30")
+    for folder in (elastic, moved, headless):
         wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
         assert (outcomes(folder)[0], outcomes(folder)[-1]) == ("node_failure", "finished"), story(slurm_cluster, folder)
         assert steps(folder)[-1] == 300
     assert slurm_cluster.job(job_id(elastic)).restarts == 0
-    assert slurm_cluster.job(job_id(moved)).restarts == 1
+    assert [slurm_cluster.job(job_id(folder)).restarts for folder in (moved, headless)] == [1, 1]
     assert lost not in attempts(moved)[-1].nodes
     assert "NODE_FAIL" in [row.state for row in slurm_cluster.accounting(job_id(moved))]
-
-    slurm_cluster.wait_for_restart(job_id(limited), 2, limit_s=240)
-    slurm_cluster.call("scontrol", "update", f"JobId={job_id(limited)}", "TimeLimit=30")
+    left = [row for row in slurm_cluster.accounting(job_id(headless)) if row.job == job_id(headless)]
+    assert ("REQUEUED", slurm_cluster.nodes[2]) in [(row.state, row.nodes) for row in left], "by the node that was left"
+    assert "node failure: the job lost a node" in cosmos_hpc("explain", "headless")
     wait_for_end(slurm_cluster, limited, "COMPLETED", "FAILED")
     assert set(outcomes(limited)[:-1]) == {"time_limit"}, story(slurm_cluster, limited)
     assert steps(limited) == list(range(1, 501))

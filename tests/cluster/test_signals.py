@@ -52,28 +52,21 @@ def test_a_preempted_run_leaves_by_itself_and_goes_on_where_it_was(slurm_cluster
 
 
 @ON_EACH_FLAVOR
-def test_a_cancelled_run_saves_and_never_comes_back(slurm_cluster, counting_job):
-    (folder,) = submit(counting_job, "cancelled", LONG)
-    wait_for_step(slurm_cluster, folder, 3)
+def test_runs_ended_by_cancel_or_by_somebodys_scancel_save_and_never_come_back(slurm_cluster, counting_job):
+    (cancelled,), (ended,) = submit(counting_job, "cancelled", LONG), submit(counting_job, "ended", LONG)
+    for folder in (cancelled, ended):
+        wait_for_step(slurm_cluster, folder, 3)
     assert "asked to save and stop" in cosmos_hpc("cancel", "cancelled")
-    wait_for_end(slurm_cluster, folder, "CANCELLED")
-    assert run_status(folder).status == "cancelled", story(slurm_cluster, folder)
-    assert outcomes(folder) == ["cancelled"], story(slurm_cluster, folder)
-    assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
-    assert slurm_cluster.job(job_id(folder)).restarts == 0
-
-
-def test_a_run_that_somebody_ends_by_scancel_saves_and_never_comes_back(slurm_cluster, counting_job):
-    (folder,) = submit(counting_job, "ended", LONG)
-    wait_for_step(slurm_cluster, folder, 3)
-    slurm_cluster.call("scancel", job_id(folder))
-    wait_for_end(slurm_cluster, folder, "CANCELLED")
-    assert RunState.read(folder.state).status == "cancelled", story(slurm_cluster, folder)
-    assert outcomes(folder) == ["cancelled"], story(slurm_cluster, folder)
-    assert run_status(folder).status == "cancelled"
+    slurm_cluster.call("scancel", job_id(ended))
+    for folder in (cancelled, ended):
+        wait_for_end(slurm_cluster, folder, "CANCELLED")
     time.sleep(CRED_EXPIRE_S + 5)  # until then a requeued job may not start
-    assert (slurm_cluster.job(job_id(folder)).state, slurm_cluster.job(job_id(folder)).restarts) == ("CANCELLED", 0)
-    assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
+    for folder in (cancelled, ended):
+        told = RunState.read(folder.state).status, outcomes(folder), run_status(folder).status
+        assert told == ("cancelled", ["cancelled"], "cancelled"), story(slurm_cluster, folder)
+        assert folder.newest_checkpoint() == folder.checkpoint(steps(folder)[-1])
+        job = slurm_cluster.job(job_id(folder))
+        assert (job.state, job.restarts) == ("CANCELLED", 0)
 
 
 def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster, counting_job, tmp_path):

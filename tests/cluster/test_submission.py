@@ -62,7 +62,7 @@ def arrays(jobs: dict[str, str]) -> list[str]:
 
 
 def test_runs_that_ask_for_the_same_make_an_array_and_arrays_share_the_places(slurm_cluster, full, job):
-    sweep(job, "{zip: {trainer.num_nodes: [1, 1, 1, 2, 2, 2], trainer.seed: [0, 1, 2, 3, 4, 5]}, max_parallel: 3}")
+    sweep(job, "{grid: {trainer.num_nodes: [1, 2], trainer.seed: [0, 1, 2]}, max_parallel: 3}")
     sent = api.submit(job, ["data.micro_batch_size=1"])
     one, two = arrays(sent.jobs)
     assert [told(slurm_cluster, array, "NumNodes").partition("-")[0] for array in (one, two)] == ["1", "2"]
@@ -176,7 +176,7 @@ def test_what_sbatch_refuses_takes_back_what_it_took_before(slurm_cluster, full,
         (["cluster.partition=short", "cluster.time_limit_min=31"], "is 31, but partition short allows 30: set that or"),
         (["cluster.gpus_per_node=9"], "asks for 9 GPUs a node, but nodes of partition low"),
         (["trainer.num_nodes=5", "trainer.devices=1", "data.global_batch_size=10"], "is 5, but partition low has 4"),
-        (["cluster.cpus_per_task=3"], "= 2 x 3, but nodes of partition low have 4 CPUs"),
+        (["cluster.cpus_per_task=3"], "is 6, but nodes of partition low have 4 CPUs"),
         (["cluster.constraint=h100"], "Invalid feature specification: set cluster.constraint"),
         (["cluster.reservation=mine"], "reservation is invalid: set cluster.reservation"),
         (["cluster.exclude=nowhere"], "Invalid node name specified: set cluster.exclude"),
@@ -214,18 +214,24 @@ def test_what_waits_for_a_run_that_fails_does_not_stay_in_the_queue(slurm_cluste
         api.submit(job, ["after=pack_roads"])
 
 
-def test_a_waiting_job_runs_the_code_as_it_was_and_not_as_it_was_edited(slurm_cluster, full, job, tmp_path):
-    checkout = tmp_path / "checkout"
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the code that a test may edit."""
+    copy = tmp_path / "checkout"
     for name in ("cosmos_hpc", "jobs", "slurm", "enroot"):
-        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    main = checkout / "cosmos_hpc" / "job" / "__main__.py"
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def test_a_waiting_job_runs_the_code_as_it_was_and_not_as_it_was_edited(slurm_cluster, full, job, tmp_path):
+    mine = checkout(tmp_path)
+    main = mine / "cosmos_hpc" / "job" / "__main__.py"
     main.write_text('print("new and not committed", flush=True)\n' + main.read_text())
-    (checkout / "jobs" / "mine.yaml").write_text("name: mine\n")
+    (mine / "jobs" / "mine.yaml").write_text("name: mine\n")
     command = [sys.executable, "-m", "cosmos_hpc.cli", "submit", str(job)]
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "COSMOS_HPC_RUNS": str(runs_folder())}
-    subprocess.run(command, env=environment, cwd=checkout, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(mine), "COSMOS_HPC_RUNS": str(runs_folder())}
+    subprocess.run(command, env=environment, cwd=mine, check=True)
     main.write_text('raise SystemExit("edited while the job was waiting")\n')
-    (checkout / "cosmos_hpc" / "job" / "supervisor.py").unlink()
+    (mine / "cosmos_hpc" / "job" / "supervisor.py").unlink()
     slurm_cluster.call("scancel", full)
     (folder,) = ExperimentFolder(runs_folder() / "quick").runs()
     wait_for_end(slurm_cluster, folder, "COMPLETED", "FAILED")
@@ -250,21 +256,31 @@ def test_a_run_folder_starts_itself_and_is_not_sent_twice(slurm_cluster, job, fu
     assert run_status(folder).status == "finished", story(slurm_cluster, folder)
 
 
-def test_plain_sbatch_has_the_same_supervisor_and_run_folder(slurm_cluster, job):
+def test_plain_sbatch_has_the_same_supervisor_and_run_folder_and_goes_on_with_the_code_it_began_with(
+    slurm_cluster, job, tmp_path
+):
     sweep(job, "{grid: {trainer.seed: [0, 1]}}")
-    script = REPOSITORY / "slurm" / "posttrain.sbatch"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    sized = ["env", f"PATH={path}", "sbatch", "--parsable", "--partition=low", "--ntasks-per-node=1",
-             "--gpus-per-node=1", "--time=20", "--array=0-1", str(script), str(job),
-             "trainer.max_steps=100"]  # fmt: skip
+    mine = checkout(tmp_path)
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(mine)}
+    sized = ["env", *(f"{name}={value}" for name, value in environment.items()), "sbatch", "--parsable",
+             "--partition=low", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=20", "--array=0-1",
+             str(mine / "slurm" / "posttrain.sbatch"), str(job), "trainer.max_steps=100"]  # fmt: skip
     array = slurm_cluster.call(*sized)
     wait_until(lambda: len(ExperimentFolder(runs_folder() / "quick").runs()) == 2, "two run folders", 120,
                lambda: [log.read_text() for log in Path().glob("posttrain*")])  # fmt: skip
     folders = ExperimentFolder(runs_folder() / "quick").runs()
-    wait_for_step(slurm_cluster, folders[1], 3)
+    for folder in folders:
+        wait_for_step(slurm_cluster, folder, 3)
+    (mine / "cosmos_hpc" / "posttrain.py").write_text('raise SystemExit("edited while the job was waiting")\n')
+    written = job.read_text()
+    job.write_text("name: edited\n")
     slurm_cluster.call("scancel", "--signal=USR2", f"{array}_1")
     for index in range(2):
         slurm_cluster.wait_for_state(f"{array}_{index}", "COMPLETED", "FAILED", limit_s=240)
     assert [outcomes(folder) for folder in folders] == [["finished"], ["time_limit", "finished"]]
     assert [steps(folder)[-1] for folder in folders] == [100, 100]
+    codes = {Path(json.loads(folder.provenance.read_text())[-1]["code"]) for folder in folders}
+    assert {code.parent for code in codes} == {folders[0].experiment.code}
+    assert not list((runs_folder() / ".posttrain").iterdir())
+    job.write_text(written)
     assert api.plan(job, ["trainer.max_steps=100"]).placed[0].action == "skip: finished"

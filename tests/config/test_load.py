@@ -172,3 +172,15 @@ def test_a_secret_in_the_environment_of_a_profile_is_refused_without_its_value(j
 def test_a_mount_that_enroot_would_stumble_over_is_refused(job, mount):
     with pytest.raises(ConfigError, match="write SOURCE:TARGET or SOURCE:TARGET:ro"):
         settings(job, f"container.mounts=['{mount}']")
+
+
+def test_the_cluster_says_how_images_run_unless_the_container_does():
+    cluster = "cluster={executor: slurm, container_mode: enroot}"
+    assert settings(None, cluster, "container.image=/nemo.sqsh").container.mode == "enroot"
+    assert settings(None, cluster, "container={image: /nemo.sqsh, mode: pyxis}").container.mode == "pyxis"
+    assert settings(None, cluster).container.mode == "none"
+    assert settings(None, "cluster=local", "container.image=/nemo.sqsh").container.mode == "none"
+    assert "says how the cluster runs images: set pyxis" in refusal(
+        None, "cluster.executor=slurm", "container.image=/nemo.sqsh"
+    )
+    assert "cluster.container_mode is 'docker': set pyxis or enroot" in refusal(None, "cluster.container_mode=docker")

@@ -35,6 +35,22 @@ def test_a_run_keeps_its_folder_when_the_sweep_grows_in_front_of_it(tmp_path):
     assert grown[1] == first
 
 
+def test_runs_that_differ_in_nodes_or_time_alone_have_names_of_their_own(tmp_path):
+    def names(*changes: str) -> list[str]:
+        placed = ExperimentFolder(tmp_path).place([run(*change.split()) for change in changes])
+        return [folder.path.name.partition("-")[2] for folder in placed]
+
+    one, two, other = names("trainer.num_nodes=1", "trainer.num_nodes=2", "optim.lr=1e-5")
+    assert len({one, two, other}) == 3
+    assert other == run_hash(run("optim.lr=1e-5")), "only twins are told apart"
+    four = "trainer.num_nodes=4"
+    assert names(four, "trainer.num_nodes=2", "trainer.num_nodes=1")[1:] == [two, one], "when the sweep grows as well"
+    moved = [f"trainer.num_nodes={nodes} cluster.partition=fast data.num_workers=3" for nodes in (1, 2)]
+    assert names(*moved) == [one, two], "what is the same for both may change"
+    timed = names("cluster.time_limit_min=60", "cluster.time_limit_min=120")
+    assert len({*timed, run_hash(run())}) == 3
+
+
 def test_newest_checkpoint_is_the_whole_one_of_the_latest_step(tmp_path):
     folder = ExperimentFolder(tmp_path).place([run()])[0]
     assert folder.newest_checkpoint() is None

@@ -112,7 +112,7 @@ def test_an_override_takes_its_key_out_of_the_sweep(tmp_path):
         ("{zip: {optim.lr: [1, 2], trainer.seed: [1]}}", "make them equal"),
         ("{grid: {optim.lr: [1]}, zip: {optim.lr: [2]}}", "keep one"),
         ("{grid: {optim.lr: [1e-4, 1e-4]}}", "the same run twice"),
-        ("{grid: {data.num_workers: [1, 2]}}", "the same run twice"),
+        ("{grid: {trainer.num_nodes: [1, 2, 1]}}", "the same run twice"),
         ("{grid: {data.num_frames: [9, 10]}}", "data.num_frames is 10"),
         ("{max_parallel: 0}", "sweep.max_parallel is 0"),
         ("{grid: {optim.lr: [fast]}}", "optim.lr: Value 'fast'"),

@@ -135,7 +135,7 @@ FAULTS = (
         ("trainer.num_nodes=5", "data.global_batch_size=20", "data.num_workers=0"),
     ),
     Fault("more GPUs than a node has", "GPUs", "fail", "asks for 9", ("cluster.gpus_per_node=9",)),
-    Fault("more cores than a node has", "CPUs", "fail", "2 x 9, .* 16 CPUs", ("cluster.cpus_per_task=9",)),
+    Fault("more cores than a node has", "CPUs", "fail", "is 18, .* 16 CPUs", ("cluster.cpus_per_task=9",)),
     Fault(
         "nodes that are drained",
         "nodes up",

@@ -350,4 +350,4 @@ def test_on_slurm_a_supervisor_that_died_in_a_preemption_uses_up_no_budget(start
     again = Play(play.folder)
     assert again.end() == 0
     assert again.outcomes == ["preempted", "finished"]
-    assert again.state.attempts[0].followed == "was requeued by SLURM"
+    assert again.state.attempts[0].followed == "went back to the queue"

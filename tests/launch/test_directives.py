@@ -1,5 +1,6 @@
 """What SLURM is told, read from the text that submitit would hand to sbatch and from the srun line."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cosmos_hpc.launch.placement import PlacedRun
 from cosmos_hpc.launch.step import step_command, step_environment
 from cosmos_hpc.launch.submit import planned_batches
 
+ROOT = Path(__file__).parents[2]
 SIZE = ["data.path=/data/roads", "trainer.num_nodes=2", "trainer.devices=8", "data.global_batch_size=64"]
 
 
@@ -43,11 +45,30 @@ def test_each_size_is_written_once_and_is_the_jobs_real_one():
 
 
 def test_profile_fields_become_sbatch_lines():
-    profile = ["cluster.partition=fast", "cluster.account=team", "cluster.time_limit_min=90", "cluster.grace_s=120"]
-    lines = sbatch_lines(directives(run(*profile, "cluster.directives={exclusive: true, mem: 0}"), max_parallel=2))
-    for expected in ("--partition=fast", "--account=team", "--time=90", "--signal=USR2@120", "--exclusive", "--mem=0"):
+    profile = {"partition": "fast", "account": "team", "qos": "long", "constraint": "h100", "reservation": "mine",
+               "exclude": "'node[3,7]'", "time_limit_min": 90, "grace_s": 120, "gpus_per_node": 4, "cpus_per_task": 12,
+               "directives": "{exclusive: true, mem: 0}"}  # fmt: skip
+    settings = [f"cluster.{name}={value}" for name, value in profile.items()]
+    lines = [line.replace("'", "") for line in sbatch_lines(directives(run(*settings), max_parallel=2))]
+    for expected in ("--partition=fast", "--account=team", "--qos=long", "--constraint=h100", "--reservation=mine",
+                     "--exclude=node[3,7]", "--time=90", "--signal=USR2@120", "--gpus-per-node=4",
+                     "--cpus-per-task=12", "--exclusive", "--mem=0"):  # fmt: skip
         assert f"#SBATCH {expected}" in lines
     assert "#SBATCH --requeue" in lines
+
+
+@pytest.mark.parametrize("name", ["h100", "a100"])
+def test_all_that_a_shipped_profile_offers_can_be_used(tmp_path, name):
+    first, *rest = (ROOT / "slurm" / f"{name}.yaml").read_text().splitlines()
+    offered = re.compile(r"^( *)# (?=[A-Za-z_]+: \S+ +#)")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("\n".join([first, *(offered.sub(r"\1", line) for line in rest)]))
+    there = resolve(load_experiment(None, [f"cluster={mine}", f"container={ROOT / 'enroot/nemo.yaml'}", *SIZE]), {})
+    lines = sbatch_lines(directives(there))
+    for option in ("partition", "account", "qos", "constraint", "reservation", "exclude", "time", "gpus-per-node"):
+        assert any(line.startswith(f"#SBATCH --{option}=") for line in lines), option
+    assert there.cluster.environment["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert there.container.mode == "pyxis"
 
 
 def test_an_array_runs_as_many_at_a_time_as_asked_and_all_of_them_if_nothing_is_asked():
@@ -75,7 +96,8 @@ def test_srun_repeats_the_size_and_runs_one_task_a_gpu():
     folder = RunFolder(Path("/runs/roads/000-abc"))
     command = step_command(run("cluster.cpus_per_task=12"), folder, 3)
     assert command[0] == "srun"
-    for flag in ("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"):
+    for flag in ("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12",
+                 "--kill-on-bad-exit=1"):  # fmt: skip
         assert flag in command
     assert command[-6:] == ["-m", "cosmos_hpc.train", "--run-folder", "/runs/roads/000-abc", "--attempt", "3"]
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_hpc import api
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.launch.limits import Partition, check_fits, misfits, partitions
+from cosmos_hpc.launch.limits import Partition, check_fits, partitions
 
 SAID = """\
 debug|30:00|2|64|(null)
@@ -49,9 +50,12 @@ def test_what_fits_passes_in_the_default_partition_and_in_one_of_several(sinfo):
     ("overrides", "words"),
     [
         (["cluster.time_limit_min=2881"], "time_limit_min is 2881, but partition gpu allows 2880"),
-        (["cluster.partition=debug", "cluster.time_limit_min=30"], "have 0: set cluster.gpus_per_node=0, or another"),
+        (
+            ["cluster.partition=debug", "cluster.time_limit_min=30"],
+            r"have 0: set that or less \(cluster.gpus_per_node=0",
+        ),
         (["cluster.partition=gold"], "which this cluster does not have: set debug or gpu or long"),
-        (["cluster.partition=long", "trainer.devices=2", "cluster.cpus_per_task=8"], "= 2 x 8, .* have 8 CPUs"),
+        (["cluster.partition=long", "trainer.devices=2", "cluster.cpus_per_task=8"], "is 16, .* have 8 CPUs"),
     ],
 )
 def test_what_does_not_fit_is_told_with_the_setting_and_the_limit(sinfo, overrides, words):
@@ -59,14 +63,23 @@ def test_what_does_not_fit_is_told_with_the_setting_and_the_limit(sinfo, overrid
         check(*overrides)
 
 
+def test_a_plan_warns_of_all_that_a_submission_would_refuse_and_plans_without_slurm_too(
+    sinfo, quick_job, tmp_path, monkeypatch
+):
+    asked = ["cluster={executor: slurm, partition: long, cpus_per_task: 5}", "trainer.num_nodes=2"]
+    ((nodes, cpus, *advice),) = api.plan(quick_job, [*asked, "data.micro_batch_size=1"]).warnings()
+    assert nodes == "trainer.num_nodes is 2, but partition long has 1: set fewer"
+    assert cpus.startswith("trainer.devices x cluster.cpus_per_task is 10, but nodes of partition long have 8 CPUs")
+    with pytest.raises(ConfigError, match=nodes):
+        check(*asked)
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert api.plan(quick_job, ["cluster={executor: slurm}"]).warnings() == [
+        ["cluster.executor is slurm, but there is no sinfo here: set `cluster: local`", *advice]
+    ]
+    assert api.plan(quick_job).warnings() == [advice]
+
+
 def test_a_machine_without_slurm_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sinfo here: set `cluster: local`"):
         check()
-
-
-def test_all_that_does_not_fit_is_told_at_once_for_the_doctor(sinfo):
-    size = ["cluster.executor=slurm", "cluster.partition=debug", "data.global_batch_size=60", "trainer.devices=4"]
-    runs = [resolve(load_experiment(None, [*size, f"trainer.num_nodes={nodes}"]), {}) for nodes in (1, 3, 3)]
-    told = [misfit.limit for misfit in misfits(runs, partitions())]
-    assert told == ["time limit", "GPUs", "time limit", "nodes", "GPUs"]

@@ -68,7 +68,10 @@ def test_a_run_of_this_machine_does_not_start_before_what_it_comes_after(quick_j
     assert "quick/000" in refusal("after=quick")
     assert "is unsupervised: mend it and `cosmos-hpc submit` it again" in refusal("after=quick")
     laid_out.pending_mark.write_text("1")  # a process that lives
-    assert "after: quick is not finished, and runs of this machine don't wait" in refusal("after=[quick]")
+    assert refusal("after=[quick]") == (
+        "after: quick is not finished, and runs of this machine don't wait for others: submit again when "
+        "`cosmos-hpc status quick --watch` has ended"
+    )
     RunState(Status.FAILED).write(laid_out.state)
     laid_out.pending_mark.unlink()
     assert "is failed" in refusal("after=quick")

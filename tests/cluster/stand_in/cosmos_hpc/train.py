@@ -1,9 +1,11 @@
 """A rank without torch: it starts at once, counts steps, saves and leaves as a real one does.
 
-STAND_IN_STEP_S: seconds a step. STAND_IN_FAULT: `die` or `quota` of rank 1, `hang` of rank 0; at step 5 of attempt 0.
+STAND_IN_STEP_S: seconds a step. STAND_IN_FAULT: `die`, `quota` or `refuse` of rank 1, `hang` of rank 0; at step 5 of
+attempt 0.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import re
@@ -28,16 +30,22 @@ def main() -> None:
     logs = arguments.run_folder / "logs" / f"{arguments.attempt:03d}"
     logs.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (logs / f"rank_{rank}.log").open("a", buffering=1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     fault = os.environ.get("STAND_IN_FAULT") if arguments.attempt == 0 else None
     fault = fault if rank == (0 if fault == "hang" else 1) else None
     step = count(arguments.run_folder, arguments.attempt, asked, fault, writes=rank == 0)
-    (logs / f"left_{rank}").touch()
+    leave_together(logs, rank)
     if rank == 0:
-        while len(list(logs.glob("left_*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]):
-            time.sleep(0.05)  # ranks leave together: without one that died, none of them agrees on anything
         outcome = OUTCOMES[asked[0]] if asked else "finished"
         write(logs / "outcome.json", {"outcome": outcome, "step": step, "message": None})
     print(f"left at step {step}")
+
+
+def leave_together(logs: Path, rank: int) -> None:
+    """Without one that died or hangs, none of them agrees on anything."""
+    (logs / f"left_{rank}").touch()
+    while len(list(logs.glob("left_*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]):
+        time.sleep(0.05)
 
 
 def count(folder: Path, attempt: int, asked: list[int], fault: str | None, *, writes: bool) -> int:
@@ -82,6 +90,9 @@ def fail(fault: str) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
         while True:
             time.sleep(1)
+    if fault == "refuse":
+        print("error: data.path is /none, which is not there: pack it first")
+        os._exit(2)
     raise OSError(122, "Disk quota exceeded", "checkpoint")
 
 
