@@ -18,6 +18,7 @@ from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requ
 from cosmos_hpc.cli_submission import Json, plan, submit
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.evidence import evaluate, report
+from cosmos_hpc.image_verbs import image
 from cosmos_hpc.names import weights_named as _weights
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def fetch(
     print(f"commit {fetched.commit}; in an experiment file: model: {{jit_ckpt_pth: {name}}}")
 
 
+app.add_typer(image, name="image")
 app.command()(doctor)
 app.command()(plan)
 app.command()(submit)

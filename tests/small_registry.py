@@ -46,6 +46,9 @@ class SmallRegistry:
     """REPOSITORY:TAG to its manifest."""
 
     wants_login: bool = False
+    realm_host: str = "127.0.0.1"
+    """Who gives out tokens: this server, under this name."""
+
     failures: int = 0
     """So many blobs are answered by an error first."""
 
@@ -94,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             right = "Basic " + base64.b64encode(LOGIN.encode()).decode()
             self._send(*((200, json.dumps({"token": TOKEN}).encode()) if authorization == right else (401, b"")))
         elif registry.wants_login and authorization != f"Bearer {TOKEN}":
-            challenge = f'Bearer realm="http://{registry.host}/token",service="{registry.host}",scope="pull"'
+            realm = registry.host.replace("127.0.0.1", registry.realm_host)
+            challenge = f'Bearer realm="http://{realm}/token",service="{registry.host}",scope="pull"'
             self._send(401, b"", {"WWW-Authenticate": challenge})
         elif "/manifests/" in path:
             repository, _, reference = path.removeprefix("/v2/").partition("/manifests/")

@@ -48,7 +48,7 @@ CHECKS = (
     Check(storage.inodes, "inodes", is_quick=True),
     Check(image.present, "image", is_quick=True, is_of_slurm=True),
     Check(image.contents, "image contents", is_quick=True, is_of_slurm=True),
-    Check(image.credentials, "credentials", is_quick=True, is_of_slurm=True),
+    Check(image.credentials, "credentials", is_of_slurm=True),
     Check(inputs.weights, "weights"),
     Check(inputs.networks, "loss networks"),
     Check(inputs.dataset, "dataset"),

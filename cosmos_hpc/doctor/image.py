@@ -13,7 +13,8 @@ from cosmos_hpc.config.container_schema import ContainerConfig
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.doctor.case import Case
 from cosmos_hpc.doctor.finding import Finding, failed, passed, warned
-from cosmos_hpc.launch.images import PACKAGES, read_manifest, squashfs_of
+from cosmos_hpc.launch.images import PACKAGES, SUFFIXES, ImageName, read_manifest, squashfs_of
+from cosmos_hpc.launch.registry import look_up
 from cosmos_hpc.preflight import with_local_image
 
 MAGIC = b"hsqs"
@@ -55,8 +56,17 @@ def contents(case: Case) -> Iterator[Finding]:
 
 
 def credentials(case: Case) -> Iterator[Finding]:
-    """Of the registry, where an image has yet to be imported."""
-    yield from ()
+    """Of the registry, where an image has yet to be imported: it is asked as enroot would ask."""
+    for container in _containers(case):
+        name = container.image or ""
+        if name.endswith(SUFFIXES) or _file_of(container) is not None:
+            continue
+        try:
+            there = look_up(ImageName.of(name))
+        except ConfigError as error:
+            yield failed("credentials", str(error))
+        else:
+            yield passed("credentials", f"{name} can be imported: {there.size / 2**30:.1f} GiB, {there.digest}")
 
 
 def _containers(case: Case) -> list[ContainerConfig]:

@@ -20,6 +20,9 @@ PASSED_IN = (
 LEFT_OUT = r"(CUDA|NCCL|NVIDIA|TORCH|UCX)_(HOME|PATH|ROOT|DIR|VERSION).*"
 """Of these, what tells of the host's own installation."""
 
+NVIDIA, INFINIBAND = Path("/dev/nvidiactl"), Path("/dev/infiniband/rdma_cm")
+"""What a node with such devices has. Asked for where they are not, enroot's hooks refuse to start anything."""
+
 OWN_INSIDE = ("/tmp", "/run", "/var/run", "/var/lock", "/proc", "/sys", "/dev")
 """Where a container sees folders of its own."""
 
@@ -66,7 +69,7 @@ def container_prefix(
 
 
 def container_environment(container: ContainerConfig, pythonpath: str, *, has_gpus: bool) -> dict[str, str]:
-    """Variables of srun and the ranks by which the container gets devices, scratch and code.
+    """Variables of srun and the ranks by which the container gets devices, scratch and code; called on a node.
 
     Args:
         container: its settings, whose own environment wins.
@@ -76,9 +79,10 @@ def container_environment(container: ContainerConfig, pythonpath: str, *, has_gp
     if container.mode == "none":
         return {}
     return {
-        "NVIDIA_VISIBLE_DEVICES": "all" if has_gpus else "void",  # of those that SLURM gave; unset, there are none
+        # All that SLURM gave to the job; unset, there are none, and NCCL falls back to sockets.
+        "NVIDIA_VISIBLE_DEVICES": "all" if has_gpus and NVIDIA.exists() else "void",
         "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",  # enroot's own default can't compute
-        "MELLANOX_VISIBLE_DEVICES": "all",  # unset, NCCL falls back to sockets
+        "MELLANOX_VISIBLE_DEVICES": "all" if INFINIBAND.exists() else "void",
         "ENROOT_MOUNT_HOME": "yes" if container.mount_home else "no",
         "TMPDIR": container.scratch or "/tmp",  # the host's may be a folder that is not there inside
         CODE: pythonpath,

@@ -117,6 +117,11 @@ def manifest_file(squashfs: Path) -> Path:
     return squashfs.with_name(f"{squashfs.name}.json")
 
 
+def to_json(manifest: Manifest) -> str:
+    """The text that `read_manifest` reads."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1)
+
+
 def read_manifest(squashfs: Path) -> Manifest | None:
     """What was written beside a squashfs file.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 from clinic import Clinic
+from small_registry import served
 
 from cosmos_hpc.config.load import load_experiment, resolve, to_yaml
 from cosmos_hpc.config.run_folder import RunFolder
@@ -115,7 +116,7 @@ FAULTS = (
         "sweep",
         "fail",
         "the same run twice",
-        plant=swept("{list: [{data.num_workers: 1}, {data.num_workers: 2}]}"),
+        plant=swept("{grid: {trainer.log_every_n_steps: [1, 2]}}"),
     ),
     Fault(
         "a secret in an option",
@@ -234,8 +235,8 @@ FAULTS = (
         "an image that was never imported",
         "image",
         "fail",
-        "`cosmos-hpc image import nvcr.io/nvidia/nemo:25.04`",
-        ("container.image=nvcr.io/nvidia/nemo:25.04",),
+        "`cosmos-hpc image import 127.0.0.1:9/nvidia/nemo:25.04`",
+        ("container.image=127.0.0.1:9/nvidia/nemo:25.04",),
     ),
     Fault("half an image", "image", "fail", "has 512 bytes, 4100 when", plant=cut(lambda clinic: clinic.image)),
     Fault(
@@ -398,3 +399,29 @@ def test_a_planted_fault_is_found_by_its_name(clinic, monkeypatch, fault):
 def test_the_faults_are_told_apart():
     assert len(FAULTS) >= 20
     assert len({(fault.check, fault.words) for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "words"),
+    [
+        (None, 0o600, r"wants a login for lab/base: write `machine 127.0.0.1:\d+ login USER password KEY`"),
+        ("machine 127.0.0.1 login $oauthtoken password stale", 0o600, "refuses the login"),
+        ("machine 127.0.0.1 login $oauthtoken password key-of-a-test", 0o644, "can be read by others: chmod 600"),
+        ("machine 127.0.0.1 key-of-a-test", 0o600, "line 1: write `machine HOST login USER password KEY`"),
+    ],
+)
+def test_credentials_of_an_image_that_is_to_be_imported(clinic, monkeypatch, line, mode, words):
+    config = clinic.root / "enroot"
+    config.mkdir()
+    monkeypatch.setenv("ENROOT_CONFIG_PATH", str(config))
+    monkeypatch.setenv("ENROOT_ALLOW_HTTP", "yes")
+    if line is not None:
+        (config / ".credentials").write_text(f"{line}\n")
+        (config / ".credentials").chmod(mode)
+    with served() as registry:
+        registry.push("lab/base:1.0", {"hello": b"x"})
+        registry.wants_login = True
+        found = bad(examine(clinic.job, [f"container.image={registry.host}/lab/base:1.0"])[0])
+    assert found["credentials"].verdict is Verdict.FAIL
+    assert re.search(words, found["credentials"].message), found["credentials"].message
+    assert "key-of-a-test" not in str(found)

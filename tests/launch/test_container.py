@@ -9,6 +9,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import WandbConfig
+from cosmos_hpc.launch import container as container_module
 from cosmos_hpc.launch.container import check_container, container_environment, container_prefix
 from cosmos_hpc.launch.step import mounts, needed_paths, step_command, step_environment
 
@@ -154,14 +155,18 @@ def test_plain_enroot_gets_names_of_variables_and_never_their_values(run, monkey
     assert "/opt/venv/bin/python" in command
 
 
-def test_devices_scratch_and_code_come_by_the_environment_and_the_settings_win(run, monkeypatch):
+@pytest.mark.parametrize("has_devices", [True, False])
+def test_devices_scratch_and_code_come_by_the_environment_and_the_settings_win(run, monkeypatch, tmp_path, has_devices):
     monkeypatch.setenv("PYTHONPATH", "/snapshot")
+    for name in ("NVIDIA", "INFINIBAND"):
+        monkeypatch.setattr(container_module, name, tmp_path if has_devices else tmp_path / "none")
     config = run(mode="enroot", image="/shared/nemo.sqsh", scratch="/raid",
                  environment="{NVIDIA_DRIVER_CAPABILITIES: 'compute,utility,video', PYTHONPATH: /mine}")  # fmt: skip
     seen = step_environment(config, "c1", 4000)
-    assert seen["NVIDIA_VISIBLE_DEVICES"] == "all"
+    devices = "all" if has_devices else "void"
+    assert (seen["NVIDIA_VISIBLE_DEVICES"], seen["MELLANOX_VISIBLE_DEVICES"]) == (devices, devices)
     assert seen["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility,video"
-    assert (seen["MELLANOX_VISIBLE_DEVICES"], seen["TMPDIR"], seen["ENROOT_MOUNT_HOME"]) == ("all", "/raid", "no")
+    assert (seen["TMPDIR"], seen["ENROOT_MOUNT_HOME"]) == ("/raid", "no")
     assert seen["COSMOS_HPC_PYTHONPATH"] == "/mine:/snapshot"
 
 

@@ -1,0 +1,109 @@
+"""A real run on four ranks of two nodes, each in a container of plain enroot, on a real scheduler."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import container_root
+import pytest
+from runs import job_id, losses, outcomes, steps_of_attempt, story, submit, wait_for_end
+from slurm_cluster import SlurmCluster, wait_until
+
+from cosmos_hpc.config.run_folder import RunFolder
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 40
+START_LIMIT_S = 300
+CLUSTER = "{executor: slurm, partition: low, time_limit_min: 60, grace_s: 60}"
+SECRET = "hush-this-is-a-key-of-a-test"
+
+
+@pytest.fixture
+def shared(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that plays the shared file system, since containers have a /tmp of their own."""
+    reason = container_root.what_is_missing()
+    if reason is not None and container_root.REQUIRED in os.environ:
+        pytest.fail(f"{container_root.REQUIRED} is set, but {reason}")
+    if reason is not None:
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="cosmos-hpc-shared-", dir="/var/tmp"))
+    monkeypatch.setenv("COSMOS_HPC_RUNS", str(folder / "runs"))
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("PATH", f"{container_root.enroot().parent}:{os.environ['PATH']}")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def four_rank_job(shared: Path, quick_job: Path, dataset: Path) -> Path:
+    """The quick job as two ranks on each of two nodes, with its data there."""
+    shutil.copytree(dataset, shared / "data")
+    text = (
+        quick_job.read_text().replace("cluster: local", f"cluster: {CLUSTER}").replace(str(dataset), f"{shared}/data")
+    )
+    text = text.replace("devices: 2", "devices: 2, num_nodes: 2").replace("micro_batch_size: 2", "micro_batch_size: 1")
+    text = text.replace("max_steps: 24", f"max_steps: {STEPS}").replace("interval: 12", "interval: 60")
+    quick_job.write_text(text)
+    return quick_job
+
+
+@pytest.fixture
+def container(shared: Path) -> str:
+    """Settings of the container; its configuration script takes down every start."""
+    (shared / "scratch").mkdir()
+    (shared / "hooks.sh").write_text(f'hooks() {{ echo "$(hostname) $ENROOT_ROOTFS" >> {shared}/starts; }}\n')
+    mounts = ", ".join(f"'{folder}:{folder}'" for folder in container_root.python_mounts())
+    return (
+        f"container={{mode: enroot, image: {container_root.root_squashfs()}, python: {sys.executable}, "
+        f"scratch: {shared}/scratch, hooks: {shared}/hooks.sh, mounts: [{mounts}]}}"
+    )
+
+
+def test_a_run_in_containers_is_preempted_and_repeats_the_losses_of_one_on_the_host(
+    slurm_cluster, four_rank_job, container, shared, tmp_path
+):
+    (outside,) = submit(four_rank_job, "outside")
+    wait_for_end(slurm_cluster, outside, "COMPLETED", "FAILED")
+    (inside,) = submit(four_rank_job, "inside", container)
+    wait_for_steps(slurm_cluster, inside, 3)
+    told_by_processes = "".join(command_lines())
+    high = slurm_cluster.sbatch("true", "--partition=high", "--nodes=4", "--exclusive", output=tmp_path / "high.out")
+    slurm_cluster.wait_for_state(high, "COMPLETED", limit_s=120)
+    wait_for_end(slurm_cluster, inside, "COMPLETED", "FAILED")
+
+    assert outcomes(inside) == ["preempted", "finished"], story(slurm_cluster, inside)
+    assert losses(inside) == losses(outside)
+    assert [step for step, _ in losses(inside)] == list(range(1, STEPS + 1))
+    starts = [line.split() for line in (shared / "starts").read_text().splitlines()]
+    assert len(starts) == 8, "four ranks, twice"
+    assert all(Path(root).is_relative_to(shared / "scratch") for _, root in starts)
+    used = {host for host, _ in starts}
+    logs = "".join(inside.launcher_log(attempt).read_text() for attempt in range(2))
+    assert logs.count("unpacking") == len(used), "once on each node"
+
+    assert f"cosmos_hpc.train --run-folder {inside.path}" in told_by_processes.replace("\0", " ")
+    written = [file.read_bytes() for file in shared.rglob("*") if file.is_file() and file.suffix != ".distcp"
+               and "scratch" not in file.parts]  # fmt: skip
+    told_by_slurm = slurm_cluster.call("scontrol", "show", "job", job_id(inside))
+    assert not [text for text in written if SECRET.encode() in text]
+    assert SECRET not in told_by_processes + told_by_slurm
+
+
+def wait_for_steps(cluster: SlurmCluster, folder: RunFolder, count: int) -> None:
+    wait_until(
+        lambda: len(steps_of_attempt(folder, folder.next_attempt() - 1)) >= count,
+        f"{count} steps", START_LIMIT_S, lambda: story(cluster, folder),
+    )  # fmt: skip
+
+
+def command_lines() -> Iterator[str]:
+    """What any user of this machine may see of all processes, those of the nodes included."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            yield file.read_text(errors="replace")
+        except OSError:
+            continue
