@@ -116,7 +116,7 @@ FAULTS = (
         "sweep",
         "fail",
         "the same run twice",
-        plant=swept("{grid: {trainer.log_every_n_steps: [1, 2]}}"),
+        plant=swept("{list: [{trainer.seed: 1}, {trainer.seed: 1}]}"),
     ),
     Fault(
         "a secret in an option",
