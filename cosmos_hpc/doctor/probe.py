@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.rank_reports import last_lines
-from cosmos_hpc.config.run_folder import RunFolder, write_atomically
+from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.data.dataset_index import split_sizes, tells_its_size
 from cosmos_hpc.doctor.case import Case
 from cosmos_hpc.doctor.finding import Finding, failed
 from cosmos_hpc.doctor.probe_report import JobReport, findings, read_ranks
 from cosmos_hpc.launch.batch import script_around
+from cosmos_hpc.launch.placement import lay_out
+from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.queue import JobStatus, cancel_jobs, job_statuses
 from cosmos_hpc.launch.snapshot import take_snapshot
 from cosmos_hpc.launch.submit import sbatch
@@ -107,10 +108,11 @@ def _send(case: Case) -> Probe:
     experiment = case.experiment
     experiment.doctor.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=experiment.doctor)))
-    write_atomically(folder.config, to_yaml(run))
+    code = take_snapshot(experiment)
+    lay_out(run, folder, {**provenance(), "code": str(code)})
     experiment.submitit.mkdir(parents=True, exist_ok=True)
     command = ["-m", "cosmos_hpc.doctor.probe_job", str(folder.path)]
-    folder.script.write_text(script_around(run, experiment, take_snapshot(experiment), command))
+    folder.script.write_text(script_around(run, experiment, code, command))
     log = folder.path / "job.log"
     return Probe(folder, run, sbatch(f"--output={log}", f"--error={log}", str(folder.script)))
 
