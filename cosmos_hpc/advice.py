@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.container import missing_image
 
 MOST = 0.03
 """Share of the time that validation should take at most."""
@@ -35,6 +36,8 @@ def _on_container(run: RunConfig) -> Iterator[str]:
             f"container.mode is {run.container.mode}, but cluster.executor is local: the ranks run on this machine, "
             f"without the container"
         )
+    elif run.container.mode != "none" and (missing := missing_image(run.container)) is not None:
+        yield missing
 
 
 def _on_validation(run: RunConfig, folder: RunFolder) -> Iterator[str]:

@@ -90,6 +90,8 @@ def list_images(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([{"file": str(file), **asdict(manifest)} for file, manifest in found], indent=1))
         return
+    for file in sorted(images_folder().glob(".*.partial")):
+        print(f"being imported: {file.name.removeprefix('.').removesuffix('.partial')}, {_mib(file)} MiB written")
     if not found:
         print(f"no images in {images_folder()} (COSMOS_HPC_IMAGES); see: cosmos-hpc image import")
         return
@@ -109,6 +111,22 @@ def list_images(as_json: Json = False) -> None:
 
 
 @image.command()
+def describe(
+    file: Annotated[Path, typer.Argument(help="Squashfs file that was not made by `image import`.")],
+    as_json: Json = False,
+) -> None:
+    """Write beside a squashfs file what is inside, as `import` does, for `list` and `doctor`."""
+    from cosmos_hpc.launch.image_import import describe as describe_file
+    from cosmos_hpc.launch.images import PACKAGES
+
+    manifest = describe_file(file)
+    if as_json:
+        print(json.dumps(asdict(manifest), indent=1))
+        return
+    print(f"{file}: " + ", ".join(f"{name} {manifest.packages.get(name, 'is missing')}" for name in PACKAGES))
+
+
+@image.command()
 def remove(
     name: Annotated[str, typer.Argument(help="Image, beginning of a digest, or file.")],
 ) -> None:
@@ -124,6 +142,10 @@ def remove(
     print(f"removed {file}")
 
 
+def _mib(file: Path) -> int:
+    return (file.stat().st_size if file.exists() else 0) >> 20
+
+
 def _named(source: str) -> tuple[str, str | None]:
     """Name and pinned digest, also out of a profile."""
     if not source.endswith((".yaml", ".yml")):
@@ -131,7 +153,7 @@ def _named(source: str) -> tuple[str, str | None]:
     from cosmos_hpc.config.load import load_experiment, resolve
     from cosmos_hpc.launch.images import SUFFIXES
 
-    container = resolve(load_experiment(None, [f"container={source}"]), {}).container
+    container = resolve(load_experiment(None, [f"container={source}", "cluster=local"]), {}).container
     if container.image is None or container.image.endswith(SUFFIXES):
         raise ConfigError(
             f"{source}: container.image is {container.image}, but only a registry's image can be imported"

@@ -15,7 +15,7 @@ from cosmos_hpc.data.dataset_index import (
     split_sizes,
     tells_its_size,
 )
-from cosmos_hpc.launch.images import images_folder, squashfs_of
+from cosmos_hpc.launch.images import squashfs_of
 
 
 def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
@@ -85,30 +85,27 @@ def with_num_steps(run: RunConfig) -> RunConfig:
 
 
 def with_local_image(run: RunConfig) -> RunConfig:
-    """The run with its container's image as a squashfs file, and with mounts of what a blended dataset reads.
+    """The run with its container's image as a squashfs file, where it was imported, and mounts of a dataset's parts.
 
     Raises:
-        ConfigError: if no image of that name was imported.
+        ConfigError: if `container.image` can be no image.
     """
     container = run.container
     if container.mode == "none":
         return run
     file = squashfs_of(container)
-    if file is None:
-        digest = f"@{container.digest}" if container.digest else ""
-        raise ConfigError(
-            f"container.image is {container.image}{digest}, which is not in {images_folder()} (COSMOS_HPC_IMAGES): run "
-            f"`cosmos-hpc image import {container.image}{digest}` first"
-        )
-    blended = [path for name in (run.data.path, run.data.general_path) if name for path in _parts_of(Path(name))]
+    datasets = (run.data.path, run.data.general_path, run.data.image_path)
+    blended = [part for path in datasets if path for part in _parts_of(Path(path))]
     mounts = dict.fromkeys((*container.mounts, *(f"{path}:{path}" for path in blended)))
-    return dataclasses.replace(run, container=dataclasses.replace(container, image=str(file), mounts=tuple(mounts)))
+    image = container.image if file is None else str(file)
+    return dataclasses.replace(run, container=dataclasses.replace(container, image=image, mounts=tuple(mounts)))
 
 
 def _parts_of(path: Path) -> list[Path]:
     if not is_metadataset(path):
         return []
-    return [part.resolve() for split in ("train", "val") for part in metadataset_parts(path, split)]
+    parts = [part for split in ("train", "val") for part in metadataset_parts(path, split)]
+    return [part.resolve() for part in parts if "://" not in str(part) and ":/" not in str(part)]
 
 
 def with_local_weights(run: RunConfig) -> RunConfig:

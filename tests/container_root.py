@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,10 @@ import tempfile
 from pathlib import Path
 
 DOUBLE = Path(__file__).parent / "containers" / "double" / "enroot"
-RECIPE = ("--mode=root", "--variant=minbase", "--include=python3", "bookworm")
+RECIPE = ("--mode=root", "--variant=minbase", "--include=python3")
+CODENAME = platform.freedesktop_os_release().get("VERSION_CODENAME", "bookworm")
+"""Of this machine's Debian, so that its Python finds the libraries that it knows."""
+
 NEEDLESS = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/perl", "usr/lib/x86_64-linux-gnu/perl",
             "usr/lib/x86_64-linux-gnu/gconv")  # fmt: skip
 APT_LINE = "apt-get install -y --no-install-recommends mmdebstrap squashfs-tools"
@@ -47,7 +52,7 @@ def root_squashfs() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cosmos-hpc" / "tests"
     cache.mkdir(parents=True, exist_ok=True)
-    digits = hashlib.sha256("\n".join([*RECIPE, *NEEDLESS, ENVIRONMENT, RC]).encode()).hexdigest()[:8]
+    digits = hashlib.sha256("\n".join([*RECIPE, CODENAME, *NEEDLESS, ENVIRONMENT, RC]).encode()).hexdigest()[:8]
     image = cache / f"root-{digits}.sqsh"
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
@@ -60,7 +65,7 @@ def _make(image: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="cosmos-hpc-root-", dir="/var/tmp") as scratch:
         root, partial = Path(scratch) / "root", image.with_suffix(".partial")
         partial.unlink(missing_ok=True)
-        _run("mmdebstrap", *RECIPE[:-1], RECIPE[-1], str(root))
+        _run("mmdebstrap", *RECIPE, *_apt_options(), CODENAME, str(root), *_sources())
         for name in NEEDLESS:
             shutil.rmtree(root / name, ignore_errors=True)
         (root / WORKDIR[1:]).mkdir(parents=True)
@@ -68,6 +73,21 @@ def _make(image: Path) -> None:
             (root / "etc" / name).write_text(text)
         _run("mksquashfs", str(root), str(partial), "-comp", "zstd", "-Xcompression-level", "1", "-no-progress")
         partial.rename(image)
+
+
+def _sources() -> list[str]:
+    """Where this machine has its own packages from; a mirror may be all that it reaches."""
+    files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
+    suite = re.compile(rf"^(?:deb\s.*\s|Suites:.*\s){CODENAME}(?:\s|$)", re.MULTILINE)
+    return [str(file) for file in files if file.is_file() and suite.search(file.read_text())]
+
+
+def _apt_options() -> list[str]:
+    """What apt is told here of proxies and of its checks of dates, which mmdebstrap does not take over."""
+    told = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=False).stdout
+    return [
+        f"--aptopt={line}" for line in re.findall(r"^Acquire::(?:\S*[Pp]roxy\S*|Check-\S+) .*;$", told, re.MULTILINE)
+    ]
 
 
 def _run(*command: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from cosmos_hpc.cli import app
-from cosmos_hpc.config.load import known_settings
+from cosmos_hpc.config.load import known_settings, load_experiment, resolve
 from cosmos_hpc.config.reference import BEGIN, END, settings_table
+from cosmos_hpc.image_verbs import image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,6 +45,23 @@ def test_the_guides_page_names_commands_settings_and_files_that_there_are():
     assert {name for name in named if not name.endswith((".yaml", ".py", ".pt", ".jit"))} <= settings
     for file in re.findall(r"\b(?:jobs|slurm|enroot)/\w+\.yaml\b", text):
         assert (ROOT / file).is_file(), file
+
+
+def test_the_page_on_containers_names_settings_variables_and_files_that_there_are():
+    text = (ROOT / "docs" / "cluster-setup.md").read_text()
+    settings = {name for name, _ in known_settings()}
+    named = re.findall(r"\b((?:container|cluster|data)\.[a-z_]+)\b", text)
+    assert {name for name in named if not name.endswith((".yaml", ".sbatch"))} <= settings
+    there = {command.name or command.callback.__name__ for command in image.registered_commands}
+    assert set(re.findall(r"cosmos-hpc image ([a-z]+)", text)) <= there
+    for file in re.findall(r"\benroot/[\w-]+\.(?:yaml|sbatch)\b", text):
+        assert (ROOT / file).is_file(), file
+
+
+def test_profiles_of_containers_are_settings_that_load():
+    for file in sorted(ROOT.glob("enroot/*.yaml")):
+        run = resolve(load_experiment(None, ["cluster=slurm/h100.yaml", f"container={file}"]), {})
+        assert run.container.mode == run.cluster.container_mode != "none", file
 
 
 def test_each_example_opens_with_what_names_it():

@@ -1,6 +1,5 @@
 """The container's image: there, with what must be inside, and with credentials where it has yet to be brought."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,9 +12,9 @@ from cosmos_hpc.config.container_schema import ContainerConfig
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.doctor.case import Case
 from cosmos_hpc.doctor.finding import Finding, failed, passed, warned
+from cosmos_hpc.launch.container import missing_image
 from cosmos_hpc.launch.images import PACKAGES, SUFFIXES, ImageName, read_manifest, squashfs_of
 from cosmos_hpc.launch.registry import look_up
-from cosmos_hpc.preflight import with_local_image
 
 MAGIC = b"hsqs"
 """What a squashfs begins with."""
@@ -25,15 +24,11 @@ def present(case: Case) -> Iterator[Finding]:
     """The squashfs on the shared file system, whole, and with the digest that the settings pin."""
     for container in _containers(case):
         path = _file_of(container)
-        if path is None:
-            try:
-                with_local_image(dataclasses.replace(case.first, container=container))
-            except ConfigError as error:
-                yield failed("image", str(error))
-        elif (wrong := _wrong_file(container, path)) is not None:
-            yield failed("image", wrong)
-        else:
-            yield passed("image", str(path))
+        if (missing := missing_image(container)) is not None:
+            yield failed("image", missing)
+        elif path is not None:
+            wrong = _wrong_file(container, path)
+            yield failed("image", wrong) if wrong else passed("image", str(path))
 
 
 def contents(case: Case) -> Iterator[Finding]:
@@ -84,8 +79,6 @@ def _file_of(container: ContainerConfig) -> Path | None:
 
 def _wrong_file(container: ContainerConfig, path: Path) -> str | None:
     """What is wrong with the file of an image; none where nothing is."""
-    if not path.is_file():
-        return f"container.image is {path}, which is not there: `cosmos-hpc image import` brings one"
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             return f"{path} is no squashfs file: import the image again"

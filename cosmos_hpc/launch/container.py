@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from cosmos_hpc.config.container_schema import ContainerConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.launch.images import SUFFIXES
+from cosmos_hpc.launch.images import SUFFIXES, images_folder
 
 ENROOT_START = Path(__file__).with_name("enroot_start.sh")
 
 PASSED_IN = (
     "SLURM_.*|PMI_.*|PMIX_.*|MASTER_.*|NCCL_.*|TORCH_.*|GLOO_.*|UCX_.*|FI_.*|OMP_.*|CUDA_.*|NVIDIA_.*|MELLANOX_.*"
-    "|WANDB_.*|HF_.*|AWS_.*|COSMOS_HPC_.*|TMPDIR|PYTHONUNBUFFERED|PYTHONSAFEPATH|(HTTPS?|NO|https?|no)_(PROXY|proxy)"
+    "|WANDB_.*|HF_.*|AWS_.*|MSC_.*|COSMOS_HPC_.*|TMPDIR|PYTHONUNBUFFERED|PYTHONSAFEPATH|(HTTPS?|NO|https?|no)_(PROXY|proxy)"
 )
 """Variables that a rank may need, as an extended regular expression: plain enroot passes none by itself."""
 
@@ -102,12 +102,8 @@ def check_container(container: ContainerConfig, paths: dict[str, Path]) -> None:
     """
     if container.mode == "none":
         return
-    image = Path(container.image or "")
-    if image.suffix not in SUFFIXES or not image.is_file():
-        raise ConfigError(
-            f"container.image is {container.image}, where there is no squashfs file: import it first with "
-            "`cosmos-hpc image import`, see `cosmos-hpc image list`"
-        )
+    if (missing := missing_image(container)) is not None:
+        raise ConfigError(missing)
     if container.hooks is not None and not Path(container.hooks).is_file():
         raise ConfigError(f"container.hooks is {container.hooks}, which is no file: check the path")
     check_visible(paths)
@@ -133,6 +129,20 @@ def check_visible(paths: dict[str, Path]) -> None:
                 )
         if re.search(r"[\s,:]", str(path)):
             raise ConfigError(f"{name} is {path}, but mounts of a container allow no space, comma or colon: rename it")
+
+
+def missing_image(container: ContainerConfig) -> str | None:
+    """What is told of an image that is not there, with the mend; none where it is."""
+    image = Path(container.image or "")
+    if image.suffix not in SUFFIXES:
+        name = f"{container.image}@{container.digest}" if container.digest else container.image
+        return (
+            f"container.image is {name}, which is not in {images_folder()} (COSMOS_HPC_IMAGES): run `cosmos-hpc image "
+            f"import {name}` first"
+        )
+    if not image.is_file():
+        return f"container.image is {image}, which is no file: check the path, or see `cosmos-hpc image list`"
+    return None
 
 
 def _pyxis_flags(container: ContainerConfig, mounts: Sequence[str], workdir: Path, names: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ done
 shift
 
 fail() {
-    echo "error: $(hostname -s): $*" >&2
+    echo "error: no container on $(hostname -s): $*" >&2 # the supervisor keeps away from such a node
     exit 1
 }
 
@@ -69,7 +69,7 @@ remove_unused() {
 
 sweep() {
     local kept
-    for kept in $(find "$home/marks" -name '*.ready' -mtime "+$KEPT_DAYS" -printf '%f\n'); do
+    for kept in $(find "$home/marks" -name '*.ready' -mmin "+$((KEPT_DAYS * 24 * 60))" -printf '%f\n'); do
         remove_unused "${kept%.ready}"
     done
     for kept in $(ls "$ENROOT_DATA_PATH" 2>/dev/null); do # what a kill left half unpacked

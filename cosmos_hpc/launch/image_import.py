@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import write_atomically
-from cosmos_hpc.launch.images import ImageName, Manifest, imported, manifest_file, read_manifest, to_json
+from cosmos_hpc.launch.images import SUFFIXES, ImageName, Manifest, imported, manifest_file, read_manifest, to_json
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.registry import RemoteImage, look_up
 
@@ -168,6 +168,20 @@ def _import(wanted: WantedImage, report: Report) -> None:
         partial.unlink(missing_ok=True)
 
 
+def describe(file: Path) -> Manifest:
+    """Write the manifest of a squashfs file that came otherwise.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if file.suffix not in SUFFIXES or not file.is_file():
+        raise ConfigError(f"{file} is no squashfs file: name one that ends in .sqsh")
+    manifest = Manifest(name=file.name, digest=None, size=file.stat().st_size, imported=_now(),
+                        made_by=enroot_version(), packages=package_versions(file))  # fmt: skip
+    write_atomically(manifest_file(file), to_json(manifest))
+    return manifest
+
+
 def _call_enroot(wanted: WantedImage, partial: Path, report: Report) -> tuple[int, str]:
     """Its exit code, and the last that it said."""
     said = step = "starting"
@@ -234,7 +248,9 @@ def temp_folder() -> Path:
 
 
 def enroot_version() -> str:
-    """What `enroot version` says."""
+    """What `enroot version` says; empty where there is none."""
+    if shutil.which("enroot") is None:
+        return ""
     done = subprocess.run(["enroot", "version"], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

@@ -1,5 +1,6 @@
 """A real run on four ranks of two nodes, each in a container of plain enroot, on a real scheduler."""
 
+import json
 import os
 import shutil
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import container_root
 import pytest
-from runs import job_id, losses, outcomes, steps_of_attempt, story, submit, wait_for_end
+import small_registry
+from runs import cosmos_hpc, job_id, losses, outcomes, steps_of_attempt, story, submit, wait_for_end
 from slurm_cluster import SlurmCluster, wait_until
 
 from cosmos_hpc.config.run_folder import RunFolder
@@ -91,6 +93,38 @@ def test_a_run_in_containers_is_preempted_and_repeats_the_losses_of_one_on_the_h
     told_by_slurm = slurm_cluster.call("scontrol", "show", "job", job_id(inside))
     assert not [text for text in written if SECRET.encode() in text]
     assert SECRET not in told_by_processes + told_by_slurm
+
+
+def test_runs_that_a_container_would_not_see_are_refused_before_anything_is_sent(
+    slurm_cluster, four_rank_job, container, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("COSMOS_HPC_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(
+        AssertionError, match=r"error: the run folder lies in /tmp/\S+, but a container has /tmp for itself"
+    ):
+        submit(four_rank_job, "hidden", container)
+    assert slurm_cluster.call("squeue", "--noheader") == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_image_is_imported_by_a_job_of_its_own(slurm_cluster, shared, monkeypatch):
+    for name in ("TEMP", "CACHE", "DATA", "CONFIG", "RUNTIME"):
+        (shared / name).mkdir()
+        monkeypatch.setenv(f"ENROOT_{name}_PATH", str(shared / name))
+    monkeypatch.setenv("ENROOT_ALLOW_HTTP", "yes")
+    monkeypatch.setenv("COSMOS_HPC_IMAGES", str(shared / "images"))
+    profile = shared / "cpu.yaml"
+    profile.write_text("executor: slurm\npartition: low\ntime_limit_min: 30\n")
+    with small_registry.served() as registry:
+        name = f"{registry.host}/lab/base:1.0"
+        sent = json.loads(cosmos_hpc("image", "import", name, "--cluster", profile, "--json"))
+        slurm_cluster.wait_for_state(sent["job"], "COMPLETED", "FAILED", limit_s=120)
+        logs = "".join(file.read_text() for file in (shared / "images" / "import_logs").glob("*_log.*"))
+        (row,) = json.loads(cosmos_hpc("image", "list", "--json"))
+        again = json.loads(cosmos_hpc("image", "import", name, "--cluster", profile, "--json"))
+    assert (row["file"], row["digest"], row["name"]) == (sent["file"], sent["digest"], name), logs
+    assert "GiB)" in logs
+    assert again == {**sent, "job": None}, "it is there already"
 
 
 def wait_for_steps(cluster: SlurmCluster, folder: RunFolder, count: int) -> None:

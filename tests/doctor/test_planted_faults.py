@@ -230,7 +230,7 @@ FAULTS = (
         "container.mounts names /no/such",
         ("container.mounts=['/no/such:/scratch']",),
     ),
-    Fault("no image", "image", "fail", "is not there", plant=removed(lambda clinic: clinic.image)),
+    Fault("no image", "image", "fail", "which is no file", plant=removed(lambda clinic: clinic.image)),
     Fault(
         "an image that was never imported",
         "image",

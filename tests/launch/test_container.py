@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import WandbConfig
 from cosmos_hpc.launch import container as container_module
 from cosmos_hpc.launch.container import check_container, container_environment, container_prefix
+from cosmos_hpc.launch.images import Manifest, manifest_file, to_json
+from cosmos_hpc.launch.placement import lay_out
 from cosmos_hpc.launch.step import mounts, needed_paths, step_command, step_environment
 
 PYXIS_OPTIONS = {
@@ -214,9 +217,26 @@ def test_a_link_into_tmp_is_seen_through(container, tmp_path):
         link.unlink()
 
 
-def test_an_image_that_is_not_there_is_refused_with_the_command_that_brings_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"no squashfs file: import it first with `cosmos-hpc image import`"):
+def test_an_image_that_is_not_there_is_refused_with_the_command_that_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("COSMOS_HPC_IMAGES", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"which is no file: check the path, or see `cosmos-hpc image list`"):
         check_container(ContainerConfig(mode="pyxis", image="/shared/gone.sqsh"), {})
-    hooked = ContainerConfig(mode="enroot", image="/shared/gone.sqsh", hooks="/shared/gone.sh")
-    with pytest.raises(ConfigError, match=r"container.image is"):
-        check_container(hooked, {})
+    name = "nvcr.io/nvidia/nemo:25.02"
+    with pytest.raises(ConfigError, match=rf"not in {tmp_path} .*run `cosmos-hpc image import {name}` first"):
+        check_container(ContainerConfig(mode="pyxis", image=name), {})
+
+
+def test_a_configuration_script_that_is_not_there_is_refused(container):
+    with pytest.raises(ConfigError, match=r"container.hooks is /shared/gone.sh, which is no file"):
+        check_container(dataclasses.replace(container, hooks="/shared/gone.sh"), {})
+
+
+def test_provenance_names_the_image_with_its_digest(run, tmp_path):
+    (tmp_path / "nemo.sqsh").write_bytes(b"hsqs")
+    manifest = Manifest(name="nvcr.io/nvidia/nemo:25.02", digest="sha256:1", size=4, imported="2026", made_by="4.1.2")
+    manifest_file(tmp_path / "nemo.sqsh").write_text(to_json(manifest))
+    folder = RunFolder(tmp_path / "runs" / "roads" / "000-12345678")
+    lay_out(run(mode="enroot", image=tmp_path / "nemo.sqsh"), folder, {"host": "login"})
+    (start,) = json.loads(folder.provenance.read_text())
+    assert (start["host"], start["image"]["digest"]) == ("login", "sha256:1")
+    assert start["image"]["file"] == str(tmp_path / "nemo.sqsh")
