@@ -38,8 +38,8 @@ def contents(case: Case) -> Iterator[Finding]:
         if not path.is_file():
             continue
         if manifest is None or not manifest.packages:
-            yield warned("image contents", f"nothing is written beside {path} of what is inside: bring it with "
-                         "`cosmos-hpc image import`, or let `doctor --on-cluster` look")  # fmt: skip
+            yield warned("image contents", f"nothing is written beside {path} of what is inside: `cosmos-hpc image "
+                         f"describe {path}` does it, and `doctor --on-cluster` looks")  # fmt: skip
             continue
         wrong = list(wrong_packages(manifest.packages))
         if wrong:
