@@ -3,14 +3,14 @@
     python benchmarks/bad_videos.py [--clips 20000] [--blocks 20]
 
 A thousand videos of Big Buck Bunny, 160 x 90, forty copies of each of twenty-five under keys of their own. In the
-second set ten of them are damaged (cut in half, overwritten in the middle, empty, no video at all) and one hangs: no
-file is known that makes each decoder hang, so the decoder's child is made to spin when it is given that one. Each set
-has a loader in a process of its own, and the two take turns, block by block, so that a busy machine is busy for both.
+second set ten of them are damaged (cut in half, overwritten in the middle, no video at all) and one hangs: no file is
+known that makes each decoder hang, so the decoder's child is made to spin when it is given that one. Each set has a
+loader in a process of its own, and the two take turns, block by block, so that a busy machine is busy for both.
 
 Clips are small and 16 come out of a decode, so that 20,000 take minutes, and the limit is half a second in place of
 data.decode_timeout_s' five. A hang costs the limit once in a run: here that is the price of more decodes than five
 seconds are where a clip costs what benchmarks/loader.py says. Memory is what the process and its decoder's child hold
-(proportional set size).
+without their files (proportional set sizes, which of files depend on what else runs).
 """
 
 import argparse
@@ -100,8 +100,9 @@ def processor_s() -> float:
 def memory_mib() -> float:
     held = 0
     for pid in family():
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        held += int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                held += int(line.split()[1])
     return held / 1024
 
 
@@ -119,10 +120,8 @@ def stretches(folder: Path) -> list[bytes]:
 
 
 def damaged(raw: bytes, number: int) -> bytes:
-    middle = len(raw) // 2
-    return (raw[:middle], raw[: middle // 2] + bytes(middle) + raw[middle // 2 + middle :], b"", b"no video")[
-        number % 4
-    ]
+    half, quarter = len(raw) // 2, len(raw) // 4
+    return (raw[:half], raw[:quarter] + bytes(half) + raw[quarter + half :], b"no video")[number % 3]
 
 
 def write_set(root: Path, videos: list[bytes], is_spoilt: bool) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_hpc.cli_submission import JobFile, Json, Overrides
+from cosmos_hpc.cli_options import JobFile, Json, Overrides, print_json
 
 if TYPE_CHECKING:
     from cosmos_hpc.doctor import Finding
@@ -28,7 +28,7 @@ def doctor(
     """
     from cosmos_hpc.doctor import examine
     from cosmos_hpc.launch.follow import progress_bar
-    from cosmos_hpc.tables import print_findings, print_json
+    from cosmos_hpc.tables import print_findings
 
     with progress_bar() as progress:
         task = progress.add_task("doctor", total=None)

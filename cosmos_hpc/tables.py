@@ -1,6 +1,5 @@
 """What the commands print as tables."""
 
-import json
 import math
 import sys
 from collections import Counter
@@ -106,11 +105,6 @@ def print_batches(batches: Sequence[Batch]) -> None:
             waits = ", once the jobs before it have ended" if batch.follows else ""
             print(f"# {index + 1} of {len(batches)}: sbatch {batch.script}{waits}")
         print(batch.text, end="")
-
-
-def print_json(value: Any) -> None:
-    """For scripts."""
-    print(json.dumps(value, indent=1, default=str))
 
 
 def print_findings(found: "Sequence[Finding]") -> None:

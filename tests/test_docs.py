@@ -6,9 +6,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from cosmos_hpc.cli import app
+from cosmos_hpc.cli_image import image
 from cosmos_hpc.config.load import known_settings, load_experiment, resolve
 from cosmos_hpc.config.reference import BEGIN, END, settings_table
-from cosmos_hpc.image_verbs import image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

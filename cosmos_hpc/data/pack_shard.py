@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data.clips import UndecodableError, memory_file
 from cosmos_hpc.data.probing import Probe, guarded, probe_closely
-from cosmos_hpc.data.reencode import CRF, parts, reencode
+from cosmos_hpc.data.reencode import CRF, parts, reencode, scene_changes
 from cosmos_hpc.data.video_names import siblings
 
 MIB = 1024 * 1024
@@ -43,6 +43,9 @@ class PackSettings:
 
     split_s: float | None = None
     """Longer videos are cut, at key frames, into parts of at least so many seconds."""
+
+    split_scenes: bool = False
+    """Videos are cut where another scene begins; what lies before the first key frame of a scene is left out."""
 
     gop: int | None = None
     """Videos are encoded anew with a key frame every so many frames."""
@@ -168,7 +171,10 @@ def _add(
 
 def _contents(video: PlannedVideo, settings: PackSettings) -> Iterator[bytes | None]:
     """The files to write; none for the one that is there."""
-    for part in parts(video.path, settings.split_s):
+    changes_s: list[float] = []
+    if settings.split_scenes:
+        changes_s = guarded(scene_changes, video.path, timeout_s=ENCODE_S)
+    for part in parts(video.path, settings.split_s, changes_s, settings.min_frames):
         if settings.gop is None and settings.height is None:
             yield part
             continue

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,23 @@ def test_harmful_video_is_skipped_and_a_hanging_one_never_tried_again(
         (entry,) = quarantined(path)
         assert (entry["key"], entry["fault"]) == ("04", fault)
     assert len(tries.read_text()) == (num_tries if fault == "hanging" else 2 * num_tries)
+
+
+def test_answer_that_comes_at_the_limit_of_a_busy_machine_is_taken(data_config, train_loader, monkeypatch):
+    """The child got a processor late, answered and went to sleep, before its parent got one and looked."""
+    config = data_config(decode_timeout_s=0.1)
+    expected = take(train_loader(config), 4)
+    poll = Connection.poll
+
+    def late(connection, timeout=0.0):
+        if timeout > 0:
+            poll(connection, 60)
+        return timeout == 0.0 and poll(connection)
+
+    monkeypatch.setattr(Connection, "poll", late)
+    loader = train_loader(config)
+    assert equal(take(loader, 4), expected)
+    assert not loader.skipped
 
 
 def test_decoder_that_dies_for_another_reason_is_replaced_without_loss(data_config, train_loader):

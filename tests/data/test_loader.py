@@ -203,6 +203,22 @@ def test_crude_dataset_gives_the_same_clips(data_config, train_loader, dataset, 
     assert equal(take(train_loader(data_config(path=str(tmp_path / "crude"))), 4), expected)
 
 
+@pytest.mark.parametrize(
+    "kind", [["--sample-type", "ImageSample", "--field-map", '{"image": "mp4"}'], ["--sample-type", "CrudeWebdataset"]]
+)
+def test_dataset_that_energon_has_prepared_by_hand_gives_the_same_clips(
+    data_config, train_loader, dataset, tmp_path, kind
+):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for shard in (dataset / part).glob("*.tar"):
+            shutil.copy(shard, tmp_path / part)
+    parts = ["--split-parts", "train:train/shard-{000000..000003}.tar", "--split-parts", "val:val/shard-.*"]
+    energon = [Path(sys.executable).with_name("energon"), "prepare", tmp_path, "--non-interactive", "--no-progress"]
+    subprocess.run([*energon, "--num-workers", "1", *parts, *kind], check=True, capture_output=True)
+    assert equal(take(train_loader(data_config(path=str(tmp_path))), 4), take(train_loader(data_config()), 4))
+
+
 def test_blend_of_datasets_is_read(data_config, train_loader, dataset, videos, tmp_path):
     for part in ("train", "val"):
         pack([videos / "val" / ("10.mp4" if part == "train" else "11.mp4")], tmp_path / "more" / part)

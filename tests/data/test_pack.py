@@ -21,6 +21,7 @@ from cosmos_hpc.data import pack_shard, probing
 from cosmos_hpc.data.pack import PackSettings, PackTask, pack, packed_groups, plan_pack, unfinished_shards
 from cosmos_hpc.data.packets import scan
 from cosmos_hpc.data.prepare import prepare
+from cosmos_hpc.data.reencode import scene_changes
 from cosmos_hpc.data.video_file import read_frames, write_mp4
 from cosmos_hpc.data.video_names import find_videos, named_videos
 
@@ -353,6 +354,36 @@ def test_long_videos_are_cut_at_key_frames_into_the_same_frames(tmp_path):
     assert [entry["frames"] for entry in lines(tmp_path / "out/videos.jsonl")] == [76, 61, 50, 63]
     assert all(entry["fps"] == 25 for entry in lines(tmp_path / "out/videos.jsonl"))
     assert pack([film("bikes.mp4")], tmp_path / "short", split_s=60).videos == 1
+
+
+def test_film_is_cut_into_its_scenes(tmp_path):
+    """Seen by eye: it cuts at 30, 76, 137, 187 and 242, each with a key frame; of the last scene 8 frames are there."""
+    pack([film("bikes.mp4")], tmp_path / "out", split_scenes=True)
+    parts = [frames_of(raw, tmp_path / name) for name, raw in members(tmp_path / "out/shard-000000.tar").items()]
+    assert [len(part) for part in parts] == [30, 46, 61, 50, 55]
+    whole = list(read_frames(film("bikes.mp4")))
+    assert all(np.array_equal(*pair) for pair in zip(itertools.chain(*parts), whole[:242], strict=True))
+    pack([film("bigbuckbunny.mp4")], tmp_path / "one", split_scenes=True)
+    assert list(members(tmp_path / "one/shard-000000.tar")) == ["bigbuckbunny.mp4"]
+
+
+def test_scene_is_cut_where_nothing_behind_it_is_needed_and_left_out_up_to_a_key_frame(tmp_path):
+    frames = [frame[::2, ::2] for frame in read_frames(film("bigbuckbunny.mp4"), stop=105)]
+    frames[40:70] = [255 - frame for frame in frames[40:70]]
+    options = {"preset": "veryfast", "bf": "3", "b_strategy": "0", "sc_threshold": "0", "g": "50"}
+    with av.open(str(tmp_path / "scenes.mp4"), "w") as target:
+        stream = target.add_stream("libx264", rate=25, options=options)  # key frames at 0, 50 and 100
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for pixels in frames:
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        target.mux(stream.encode())
+    assert scene_changes(str(tmp_path / "scenes.mp4")) == pytest.approx([40 / 25, 70 / 25], abs=0.001)
+    pack([tmp_path / "scenes.mp4"], tmp_path / "out", split_scenes=True, min_frames=5)
+    parts = [frames_of(raw, tmp_path / name) for name, raw in members(tmp_path / "out/shard-000000.tar").items()]
+    whole = list(read_frames(tmp_path / "scenes.mp4"))
+    for part, begin, end in zip(parts, (0, 50, 100), (40, 70, 105), strict=True):
+        assert end - 3 <= begin + len(part) <= end  # B-frames that need one of the next scene are left out, too
+        assert all(np.array_equal(*pair) for pair in zip(part, whole[begin:], strict=False))
 
 
 def test_videos_are_encoded_anew_with_near_key_frames_and_smaller_pictures(tmp_path):

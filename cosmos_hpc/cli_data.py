@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cosmos_hpc.cli_options import Json, print_json
 from cosmos_hpc.config.errors import ConfigError
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def pack(
@@ -33,6 +32,12 @@ def pack(
     split_s: Annotated[
         float | None, typer.Option(help="Cut longer videos, at key frames, into parts of at least so many seconds.")
     ] = None,
+    split_scenes: Annotated[
+        bool,
+        typer.Option(
+            "--split-scenes", help="Cut videos where another scene begins, up to whose first key frame is left out."
+        ),
+    ] = False,
     gop: Annotated[
         int | None, typer.Option(help="Encode anew (H.264), with a key frame every so many frames: cheap to decode.")
     ] = None,
@@ -61,6 +66,7 @@ def pack(
         min_frames=min_frames,
         group_by=group_by,
         split_s=split_s,
+        split_scenes=split_scenes,
         gop=gop,
         height=height,
         crf=crf,
@@ -88,7 +94,7 @@ def pack(
             on_video=lambda _: progress.advance(task),
         )
     if as_json:
-        print(json.dumps(summary._asdict(), indent=1, default=str))
+        print_json(summary._asdict())
         return
     for video, reason in summary.refused:
         print(f"left out {video}: {reason}")
@@ -133,7 +139,7 @@ def prepare(
                 on_shard=on_shard,
             )
     if as_json:
-        print(json.dumps(counts, indent=1))
+        print_json(counts)
     else:
         done = "checked" if check else "prepared"
         print(f"{done} {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

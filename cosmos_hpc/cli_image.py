@@ -1,18 +1,16 @@
 """The verbs of `cosmos-hpc image`: containers' images on the shared file system."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cosmos_hpc.cli_options import Json, print_json
 from cosmos_hpc.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from cosmos_hpc.launch.image_import import WantedImage
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 image = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Images of containers, once, on the shared file system."
@@ -67,14 +65,14 @@ def import_image(
         from cosmos_hpc.launch.follow import progress_bar
 
         with progress_bar() as progress:
-            task = progress.add_task("import", total=wanted.remote.size)
+            task = progress.add_task("import", total=wanted.remote.size >> 20)
 
             def show(step: str, done: int) -> None:
-                progress.update(task, description=step, completed=done)
+                progress.update(task, description=f"{step}, MiB", completed=done >> 20)
 
             file = bring(wanted, show)
     if as_json:
-        print(json.dumps({"file": str(file), "digest": wanted.remote.digest, "job": job}, indent=1))
+        print_json({"file": str(file), "digest": wanted.remote.digest, "job": job})
     elif job is not None:
         print(f"sent as job {job}, which writes {file}; its log is in {images_folder() / 'import_logs'}")
     else:
@@ -88,7 +86,7 @@ def list_images(as_json: Json = False) -> None:
 
     found = imported()
     if as_json:
-        print(json.dumps([{"file": str(file), **asdict(manifest)} for file, manifest in found], indent=1))
+        print_json([{"file": str(file), **asdict(manifest)} for file, manifest in found])
         return
     for file in sorted(images_folder().glob(".*.partial")):
         print(f"being imported: {file.name.removeprefix('.').removesuffix('.partial')}, {_mib(file)} MiB written")
@@ -103,11 +101,11 @@ def list_images(as_json: Json = False) -> None:
             (manifest.digest or "-").removeprefix("sha256:")[:12],
             f"{manifest.size / 2**30:.1f} GiB",
             manifest.imported[:10],
-            *(manifest.packages.get(name, "-") for name in PACKAGES),
+            ", ".join(f"{name} {manifest.packages[name]}" for name in PACKAGES if name in manifest.packages) or "-",
         ]
         for _, manifest in found
     ]
-    print_table(["image", "digest", "size", "imported", *PACKAGES], rows)
+    print_table(["image", "digest", "size", "imported", "inside"], rows)
 
 
 @image.command()
@@ -121,7 +119,7 @@ def describe(
 
     manifest = describe_file(file)
     if as_json:
-        print(json.dumps(asdict(manifest), indent=1))
+        print_json(asdict(manifest))
         return
     print(f"{file}: " + ", ".join(f"{name} {manifest.packages.get(name, 'is missing')}" for name in PACKAGES))
 
