@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.rank_reports import last_lines
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
@@ -31,6 +32,9 @@ GRACE_S = 60
 
 POLL_S = 2.0
 """The controller serves everybody."""
+
+PATIENCE_S = 120.0
+"""How long a controller that does not answer is asked again."""
 
 LONG = 10**7
 """Steps and minutes that no probe gets to."""
@@ -118,8 +122,17 @@ def _send(case: Case) -> Probe:
 
 
 def _wait(sent: Probe, on_look: Callable[[str], None]) -> JobStatus:
+    silent_since = None
     while True:
-        status = job_statuses([sent.job])[sent.job]
+        try:
+            status = job_statuses([sent.job])[sent.job]
+        except ConfigError:  # a controller that is busy
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > PATIENCE_S:
+                raise
+            time.sleep(POLL_S)
+            continue
+        silent_since = None
         if status.is_over:
             return status
         stage = JobReport.read(sent.folder.path).stage

@@ -136,10 +136,14 @@ def _of_nodes(run: RunConfig, job: JobReport) -> Iterator[Finding]:
     answered = [report.host for report in reports]
     problems = judge(answered, reports, run.cluster.health_check_s) if reports else []
     yield from (failed("nodes", f"{problem}: have it drained, or name it in cluster.exclude") for problem in problems)
+    hidden = reports[0].folder if reports and all(report.folder for report in reports) else []  # no matter of one node
+    if hidden:
+        yield failed("shared folders", f"{hidden[0]}, nor from any other node: set COSMOS_HPC_RUNS to a folder that "
+                     "all of them share")  # fmt: skip
     clocks = [abs(report.clock_s) for report in reports if report.clock_s is not None]
     if clocks and not any("clock" in problem.what for problem in problems):
         yield passed("clocks", f"within {max(clocks):.3f} s of each other")
-    if reports and not problems:
+    if reports and not problems and not hidden:
         yield passed("shared folders", "code and run folder are there on every node, which can write the latter")
 
 

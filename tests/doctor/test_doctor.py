@@ -143,6 +143,8 @@ def test_a_probe_in_which_all_was_well_has_nothing_to_say():
         (told(changed(nodes=[NODES[0], {**NODES[1], "clock_s": -40.0}])), "nodes", "n2: its clock is -40 s off"),
         (told(changed(nodes=[NODES[0], {**NODES[1], "folder": ["/runs can't be written from here"]}])),
          "nodes", "n2: /runs can't be written from here: have it drained"),
+        (told(changed(nodes=[{**node, "folder": ["/runs can't be written from here"]} for node in NODES])),
+         "shared folders", "from here, nor from any other node: set COSMOS_HPC_RUNS"),
         (told(changed(error="code fault on rank 2 of n2: no such image"), RANKS[:2]), "ranks start", "no such image"),
         (told(gpus=0), "GPUs seen", "torch sees 0 of 2 on n1, n2"),
         (told(packages={"torch": "2.6.0"}), "packages", "lacks megatron-core"),
