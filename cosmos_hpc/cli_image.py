@@ -65,10 +65,10 @@ def import_image(
         from cosmos_hpc.launch.follow import progress_bar
 
         with progress_bar() as progress:
-            task = progress.add_task("import", total=wanted.remote.size)
+            task = progress.add_task("import", total=wanted.remote.size >> 20)
 
             def show(step: str, done: int) -> None:
-                progress.update(task, description=step, completed=done)
+                progress.update(task, description=f"{step}, MiB", completed=done >> 20)
 
             file = bring(wanted, show)
     if as_json:
@@ -101,11 +101,11 @@ def list_images(as_json: Json = False) -> None:
             (manifest.digest or "-").removeprefix("sha256:")[:12],
             f"{manifest.size / 2**30:.1f} GiB",
             manifest.imported[:10],
-            *(manifest.packages.get(name, "-") for name in PACKAGES),
+            ", ".join(f"{name} {manifest.packages[name]}" for name in PACKAGES if name in manifest.packages) or "-",
         ]
         for _, manifest in found
     ]
-    print_table(["image", "digest", "size", "imported", *PACKAGES], rows)
+    print_table(["image", "digest", "size", "imported", "inside"], rows)
 
 
 @image.command()

@@ -21,7 +21,7 @@ done
 shift
 
 fail() {
-    echo "error: $(hostname -s): $*" >&2
+    echo "error: no container on $(hostname -s): $*" >&2 # the supervisor keeps away from such a node
     exit 1
 }
 

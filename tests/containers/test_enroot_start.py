@@ -59,9 +59,10 @@ class Node:
     def refusal(self, **settings):
         """The line by which the script refuses to start."""
         process = self.popen("true", **settings)
-        err = process.communicate()[1]
-        assert process.returncode == 1, err
-        return err.splitlines()[-1]
+        line = process.communicate()[1].splitlines()[-1]
+        assert process.returncode == 1, line
+        assert line.startswith("error: no container on "), "the supervisor looks for this"
+        return line
 
 
 @pytest.fixture(scope="session")
