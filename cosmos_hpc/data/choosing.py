@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data.clips import Fault, UndecodableError
 from cosmos_hpc.data.decoders import Box
 from cosmos_hpc.data.packets import Packets

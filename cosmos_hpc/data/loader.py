@@ -17,8 +17,8 @@ from megatron.energon.errors import FatalSampleError
 from megatron.energon.savable_loader import BasicDataLoader
 from torch import Tensor
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.bad_videos import SPOILT, USELESS, SkippedVideos
 from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.clips import Fault

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.clips import UndecodableError
 from cosmos_hpc.data.dataset_index import is_metadataset, is_remote, metadataset_parts, split_shards, split_sizes
 from cosmos_hpc.data.shard_check import changed_shard
