@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data import decoding
 from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.data.pack import pack

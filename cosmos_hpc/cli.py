@@ -13,6 +13,7 @@ import typer
 
 from cosmos_hpc import __version__
 from cosmos_hpc.cli_data import pack, prepare
+from cosmos_hpc.cli_doctor import doctor
 from cosmos_hpc.cli_evidence import evaluate, report
 from cosmos_hpc.cli_image import image
 from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
@@ -116,6 +117,7 @@ def fetch(
 
 
 app.add_typer(image, name="image")
+app.command()(doctor)
 app.command()(plan)
 app.command()(submit)
 

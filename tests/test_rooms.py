@@ -15,6 +15,7 @@ FLOORS = {
     "data": 1, "tokenizer": 1, "launch": 1,
     "training": 2,
     "job": 3, "report": 3, "preflight": 3, "advice": 3, "tokenize": 3,
+    "doctor": 4, "cli_doctor": 4,
     "tables": 4, "names": 4, "api": 4, "cli": 4, "cli_operation": 4, "cli_submission": 4, "cli_data": 4,
     "cli_evidence": 4, "cli_image": 4, "cli_options": 4, "posttrain": 4, "train": 4, "quickstart": 4,
 }  # fmt: skip

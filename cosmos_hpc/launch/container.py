@@ -106,6 +106,18 @@ def check_container(container: ContainerConfig, paths: dict[str, Path]) -> None:
         raise ConfigError(missing)
     if container.hooks is not None and not Path(container.hooks).is_file():
         raise ConfigError(f"container.hooks is {container.hooks}, which is no file: check the path")
+    check_visible(paths)
+
+
+def check_visible(paths: dict[str, Path]) -> None:
+    """Refuse what a container would not see, since it has such folders for itself.
+
+    Args:
+        paths: what the ranks need of the shared file system, by what the user calls it.
+
+    Raises:
+        ConfigError: for the first one.
+    """
     for name, path in paths.items():
         for place in (path, path.resolve()):
             own = next((own for own in OWN_INSIDE if place.is_relative_to(own)), None)

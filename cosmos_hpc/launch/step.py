@@ -108,7 +108,9 @@ def _send(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def step_command(run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequence[str] = ()) -> list[str]:
+def step_command(
+    run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequence[str] = (), module: str = "cosmos_hpc.train"
+) -> list[str]:
     """One process per GPU on every node, each `python -m cosmos_hpc.train` on the run folder.
 
     Args:
@@ -116,8 +118,9 @@ def step_command(run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequenc
         folder: the run.
         attempt: number of this start.
         nodes: the nodes to use, where some of the allocation are to be left out.
+        module: what the processes run.
     """
-    rank = ["-m", "cosmos_hpc.train", "--run-folder", str(folder.path), "--attempt", str(attempt)]
+    rank = ["-m", module, "--run-folder", str(folder.path), "--attempt", str(attempt)]
     if run.cluster.executor == "local":
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.trainer.devices}"]
         return [sys.executable, *launcher, *rank]

@@ -127,6 +127,15 @@ def test_an_image_is_imported_by_a_job_of_its_own(slurm_cluster, shared, monkeyp
     assert again == {**sent, "job": None}, "it is there already"
 
 
+def test_the_probe_of_the_doctor_runs_in_the_containers(slurm_cluster, four_rank_job, container, shared):
+    told = cosmos_hpc("doctor", four_rank_job, container, "cluster.gpus_per_node=0", "--on-cluster", "--json")
+    found = {row["check"]: row for row in json.loads(told)}
+    checks = ("inside the container", "ranks start", "packages", "training step", "signal")
+    assert {name: found[name]["verdict"] for name in checks} == dict.fromkeys(checks, "pass")
+    assert f"in {container_root.root_squashfs()} (enroot)" in found["ranks start"]["message"]
+    assert len((shared / "starts").read_text().splitlines()) == 4
+
+
 def wait_for_steps(cluster: SlurmCluster, folder: RunFolder, count: int) -> None:
     wait_until(
         lambda: len(steps_of_attempt(folder, folder.next_attempt() - 1)) >= count,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_hpc.config.cluster_schema import HangConfig
 from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.rank_reports import Heartbeat
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, RunState
-from cosmos_hpc.config.schema import HangConfig
 from cosmos_hpc.job.attempt import Attempt
 from cosmos_hpc.job.hang import Vigil, innermost_frame
 
