@@ -114,6 +114,7 @@ class _Asking:
         self._url = f"{_scheme()}://{name.registry}/v2/{name.repository}"
         self._token: str | None = None
         self._login: Login | None = None
+        self._lacking: str | None = None
 
     def manifest(self, reference: str) -> tuple[bytes, str]:
         """Its text and digest."""
@@ -139,13 +140,13 @@ class _Asking:
             self._login = mine[0] if mine else None
             return self._basic(mine[0]) if mine else ""
         realm = urllib.parse.urlsplit(words.get("realm", ""))
+        if realm.scheme not in ("https", _scheme()):
+            raise ConfigError(
+                f"{self._name.registry} wants a login sent to {realm.geturl() or 'nowhere'}: not without https"
+            )
         if mine:  # enroot takes the login of the host that gives out tokens, which may be another one
             self._login = next((one for one in listed if one.machine == realm.hostname), None)
-            if self._login is None:
-                raise ConfigError(
-                    f"{credentials_file()} has a login for {registry}, which sends to {realm.hostname} for it: add the "
-                    f"same line for machine {realm.hostname}"
-                )
+            self._lacking = realm.hostname if self._login is None else None  # then enroot asks without a login
         query = urllib.parse.urlencode({key: words[key] for key in ("service", "scope") if key in words})
         request = urllib.request.Request(f"{words.get('realm', '')}?{query}")
         if self._login is not None:
@@ -182,6 +183,11 @@ class _Asking:
         name, file = self._name, credentials_file()
         if code == 404:
             return f"{name.registry} has no {name.repository}:{name.reference}: check name and tag"
+        if code in (401, 403) and self._lacking is not None:
+            return (
+                f"{file} has a login for {name.registry}, which sends to {self._lacking} for it: add the same line for "
+                f"machine {self._lacking}"
+            )
         if code in (401, 403) and self._login is None:
             also = " and the same for machine authn.nvidia.com" if name.registry == "nvcr.io" else ""
             user = "$oauthtoken" if name.registry == "nvcr.io" else "USER"
