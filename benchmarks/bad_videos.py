@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data import decoding
 from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.data.pack import pack

@@ -31,7 +31,7 @@ import decord
 import numpy as np
 import torch
 
-from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data.choosing import ClipKind, choose
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.packets import scan

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.container import missing_image
 
 MOST = 0.03
 """Share of the time that validation should take at most."""
@@ -17,7 +18,7 @@ def advice(run: RunConfig, folder: RunFolder) -> list[str]:
         run: settings.
         folder: where an earlier start may have left its times; need not be there.
     """
-    return [*_on_latents(run), *_on_validation(run, folder)]
+    return [*_on_latents(run), *_on_container(run), *_on_validation(run, folder)]
 
 
 def _on_latents(run: RunConfig) -> Iterator[str]:
@@ -27,6 +28,16 @@ def _on_latents(run: RunConfig) -> Iterator[str]:
             f"model.trainable is {run.model.trainable}: the encoder moves, and with it the {what} on which released "
             f"Cosmos world models and everything cached depend; model.trainable=decoder keeps them"
         )
+
+
+def _on_container(run: RunConfig) -> Iterator[str]:
+    if run.container.mode != "none" and run.cluster.executor == "local":
+        yield (
+            f"container.mode is {run.container.mode}, but cluster.executor is local: the ranks run on this machine, "
+            f"without the container"
+        )
+    elif run.container.mode != "none" and (missing := missing_image(run.container)) is not None:
+        yield missing
 
 
 def _on_validation(run: RunConfig, folder: RunFolder) -> Iterator[str]:

@@ -10,7 +10,7 @@ What the user can mend is a `ConfigError`. None of them imports torch.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder
 from cosmos_hpc.config.sweep import PlannedRun, expand
+from cosmos_hpc.doctor import Verdict, quick_findings
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.after import jobs_before
 from cosmos_hpc.launch.batch import Batch
@@ -35,7 +36,7 @@ from cosmos_hpc.launch.requests import requeue as requeue_run
 from cosmos_hpc.launch.status import RunStatus, cancel_all, find_runs, run_statuses
 from cosmos_hpc.launch.submit import Submission, planned_batches
 from cosmos_hpc.launch.submit import submit as send
-from cosmos_hpc.preflight import check_inputs, with_local_weights, with_num_steps
+from cosmos_hpc.preflight import check_inputs, with_local_image, with_local_weights, with_num_steps
 
 __all__ = [
     "ConfigError",
@@ -113,7 +114,13 @@ def plan(job: Path | str, overrides: Sequence[str] = (), *, retries_failed: bool
 
 
 def submit(
-    job: Path | str, overrides: Sequence[str] = (), *, retries_failed: bool = False, prunes: bool = False
+    job: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    retries_failed: bool = False,
+    prunes: bool = False,
+    examines: bool = True,
+    on_warning: Callable[[str], None] = lambda text: None,
 ) -> Submission:
     """Send what is missing of an experiment file: finished, failed and living runs are left alone, others go on.
 
@@ -122,16 +129,30 @@ def submit(
         overrides: settings on top of it.
         retries_failed: send failed runs again.
         prunes: cancel living runs that the sweep does not make any more.
+        examines: have the quick part of `doctor` done first, where there is something to send.
+        on_warning: told what it warns of.
 
     Raises:
-        ConfigError: for settings that can't work, or where the scheduler refuses; nothing was sent then.
+        ConfigError: for settings that can't work, for what `doctor` finds failing, or where the scheduler refuses;
+            nothing was sent then.
     """
     planned, experiment, max_parallel = _read(job, overrides)
     configs = [run.config for run in planned]
     waits = bool(jobs_before(configs[0].after, is_local=configs[0].cluster.executor == "local"))
     for config in {repr((run.data, run.wandb, run.trainer.world_size)): run for run in configs}.values():
         check_inputs(config, data_is_to_come=waits)
-    return send(configs, experiment, max_parallel, Supervisor, retries_failed=retries_failed, prunes=prunes)
+
+    def check(sent: Sequence[PlacedRun]) -> None:
+        found = quick_findings([run.config for run in sent], experiment) if examines else []
+        for finding in found:
+            if finding.has_failed:
+                raise ConfigError(f"{finding.check}: {finding.message}; nothing was sent (--no-doctor sends anyway)")
+        for finding in found:
+            if finding.verdict is Verdict.WARN:
+                on_warning(f"{finding.check}: {finding.message}")
+
+    options = {"retries_failed": retries_failed, "prunes": prunes}
+    return send(configs, experiment, max_parallel, Supervisor, check=check, **options)
 
 
 def runs(name: str | None = None) -> list[RunFolder]:
@@ -211,7 +232,8 @@ def logs(name: str, rank: int = 0, attempt: int | None = None, *, follows: bool 
 def _read(job: Path | str, overrides: Sequence[str]) -> tuple[list[PlannedRun], ExperimentFolder, int | None]:
     experiment = load_experiment(Path(job), overrides)
     planned = [
-        dataclasses.replace(run, config=with_local_weights(with_num_steps(run.config))) for run in expand(experiment)
+        dataclasses.replace(run, config=with_local_image(with_local_weights(with_num_steps(run.config))))
+        for run in expand(experiment)
     ]
     folder = ExperimentFolder(runs_folder() / planned[0].config.name)
     return planned, folder, experiment.sweep.max_parallel

@@ -4,23 +4,23 @@ Heavy modules are imported inside the verbs that need them: a login node answers
 """
 
 import errno
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from cosmos_hpc import __version__, data_verbs
+from cosmos_hpc import __version__
+from cosmos_hpc.cli_data import pack, prepare
+from cosmos_hpc.cli_doctor import doctor
+from cosmos_hpc.cli_evidence import evaluate, report
+from cosmos_hpc.cli_image import image
 from cosmos_hpc.cli_operation import cancel, checkpoint_now, explain, logs, requeue, status
-from cosmos_hpc.cli_submission import Json, plan, submit
+from cosmos_hpc.cli_options import Json, print_json
+from cosmos_hpc.cli_submission import plan, submit
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.evidence import evaluate, report
 from cosmos_hpc.names import weights_named as _weights
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,8 +84,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-app.command()(data_verbs.pack)
-app.command()(data_verbs.prepare)
+app.command()(pack)
+app.command()(prepare)
 
 
 @app.command()
@@ -109,13 +109,15 @@ def fetch(
 
     fetched = fetch_weights(name, revision=revision, loss_networks=loss_networks, vgg16=vgg16, raft=raft)
     if as_json:
-        _print_json(fetched._asdict())
+        print_json(fetched._asdict())
         return
     for file in (*fetched.files, *fetched.loss_network_files):
         print(file)
     print(f"commit {fetched.commit}; in an experiment file: model: {{jit_ckpt_pth: {name}}}")
 
 
+app.add_typer(image, name="image")
+app.command()(doctor)
 app.command()(plan)
 app.command()(submit)
 
@@ -257,7 +259,7 @@ def tokenize(
             on_progress=show,
         )
     if as_json:
-        _print_json(summary._asdict())
+        print_json(summary._asdict())
         return
     for source, reason in summary.skipped:
         print(f"left out {source}: {reason}")
@@ -281,10 +283,6 @@ def quickstart(
     from cosmos_hpc.quickstart import run_quickstart
 
     run_quickstart(out)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
 
 
 def _progress() -> Any:

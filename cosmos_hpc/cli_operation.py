@@ -1,12 +1,13 @@
 """The commands for runs that were sent: how they stand, what they print, what may be asked of them, why they ended."""
 
 import dataclasses
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cosmos_hpc.cli_options import Json, print_json
 
 if TYPE_CHECKING:
     from cosmos_hpc.config.run_folder import RunFolder
@@ -15,7 +16,6 @@ WATCH_S = 5.0
 """Between two looks; the controller serves everybody."""
 
 RunName = Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/RUN (a beginning is enough), or a run's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def status(
@@ -34,7 +34,7 @@ def status(
         if watch and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")  # from the top of an empty screen
         if as_json:
-            print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str))
+            print_json([dataclasses.asdict(row) for row in rows])
         else:
             print_status(rows)
         sys.stdout.flush()
@@ -96,7 +96,7 @@ def explain(run: RunName, as_json: Json = False) -> None:
     from cosmos_hpc.launch.explain import page
 
     found = explain_run(_one_run(run))
-    print(json.dumps(dataclasses.asdict(found), indent=1, default=str) if as_json else page(found))
+    print_json(dataclasses.asdict(found)) if as_json else print(page(found))
 
 
 def _one_run(name: str) -> "RunFolder":

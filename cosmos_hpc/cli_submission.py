@@ -4,21 +4,18 @@ import shlex
 import sys
 from collections import Counter
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cosmos_hpc.cli_options import JobFile, Json, Overrides, print_json
 
 if TYPE_CHECKING:
     from cosmos_hpc.config.run_folder import RunFolder
     from cosmos_hpc.launch.submit import Submission
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 SHOWN = 10
 """Runs that are named one by one."""
-
-JobFile = Annotated[Path, typer.Argument(help="Experiment file, such as jobs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings on top of the file, such as optim.lr=3e-5.")]
 
 
 class Retry(StrEnum):
@@ -39,7 +36,7 @@ def plan(
 ) -> None:
     """Show the runs of an experiment file, what they will take, and what `submit` would do. Sends nothing."""
     from cosmos_hpc import api
-    from cosmos_hpc.tables import plan_rows, print_batches, print_json, print_plan
+    from cosmos_hpc.tables import plan_rows, print_batches, print_plan
 
     planned = api.plan(job, overrides or [], retries_failed=retry is not None)
     if script:
@@ -62,6 +59,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Stay and show progress; Ctrl-C stops the runs, saved.")] = False,
     retry: RetryOption = None,
     prune: Annotated[bool, typer.Option("--prune", help="Cancel runs that the file does not make any more.")] = False,
+    no_doctor: Annotated[bool, typer.Option("--no-doctor", help="Leave out the quick part of `doctor`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Send what is missing of an experiment: finished, failed and running runs are left alone, broken ones go on.
@@ -70,9 +68,15 @@ def submit(
     refused until it is.
     """
     from cosmos_hpc import api
-    from cosmos_hpc.tables import print_json
 
-    sent = api.submit(job, overrides or [], retries_failed=retry is not None, prunes=prune)
+    sent = api.submit(
+        job,
+        overrides or [],
+        retries_failed=retry is not None,
+        prunes=prune,
+        examines=not no_doctor,
+        on_warning=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
     if as_json:
         print_json({
             "sent": sent.jobs,

@@ -10,10 +10,12 @@ from cosmos_hpc import api
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder, write_atomically
 from cosmos_hpc.launch.batch import single_scripts, start_lines
+from cosmos_hpc.launch.container import check_container
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.placement import lay_out
 from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.snapshot import take_snapshot
+from cosmos_hpc.launch.step import needed_paths
 from cosmos_hpc.preflight import check_inputs
 
 PATIENCE_S = 120.0
@@ -45,6 +47,7 @@ def _laid_out(job: str, overrides: Sequence[str]) -> tuple[RunFolder, Path]:
         configs, folders = [run.config for run in planned.runs], [run.folder for run in planned.placed]
         mine = _element(len(configs))
         check_inputs(configs[mine])
+        check_container(configs[mine].container, needed_paths(configs[mine], folders[mine]))
         code = take_snapshot(experiment)
         start = {**provenance(), "code": str(code)}
         for index, (config, folder) in enumerate(zip(configs, folders, strict=True)):

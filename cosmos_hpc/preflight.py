@@ -6,8 +6,16 @@ import os
 from pathlib import Path
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.data.dataset_index import check_dataset, is_remote, split_sizes, tells_its_size
+from cosmos_hpc.config.schema import ModelConfig, RunConfig
+from cosmos_hpc.data.dataset_index import (
+    check_dataset,
+    is_metadataset,
+    is_remote,
+    metadataset_parts,
+    split_sizes,
+    tells_its_size,
+)
+from cosmos_hpc.launch.images import squashfs_of
 
 
 def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
@@ -20,10 +28,27 @@ def check_inputs(run: RunConfig, *, data_is_to_come: bool = False) -> None:
     Raises:
         ConfigError: with the setting, what it points to, and the mend.
     """
+    check_tracking(run)
+    if not (data_is_to_come and run.data.path is not None):
+        check_data(run)
+
+
+def check_tracking(run: RunConfig) -> None:
+    """Refuse a run whose tracking has no key.
+
+    Raises:
+        ConfigError: with the variable.
+    """
     if run.wandb.mode == "online" and not os.environ.get(run.wandb.api_key_env):
         raise ConfigError(f"wandb.mode is online, but {run.wandb.api_key_env} is not set: export it, or set offline")
-    if data_is_to_come and run.data.path is not None:
-        return
+
+
+def check_data(run: RunConfig) -> None:
+    """Refuse a run whose data is not there, or too little for its ranks and their workers.
+
+    Raises:
+        ConfigError: with the setting, what it points to, and the mend.
+    """
     check_dataset(run.data.path)
     if run.data.general_path is not None:
         check_dataset(run.data.general_path, needed=("val",), setting="data.general_path")
@@ -59,6 +84,30 @@ def with_num_steps(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, trainer=trainer)
 
 
+def with_local_image(run: RunConfig) -> RunConfig:
+    """The run with its container's image as a squashfs file, where it was imported, and mounts of a dataset's parts.
+
+    Raises:
+        ConfigError: if `container.image` can be no image.
+    """
+    container = run.container
+    if container.mode == "none":
+        return run
+    file = squashfs_of(container)
+    datasets = (run.data.path, run.data.general_path, run.data.image_path)
+    blended = [part for path in datasets if path for part in _parts_of(Path(path))]
+    mounts = dict.fromkeys((*container.mounts, *(f"{path}:{path}" for path in blended)))
+    image = container.image if file is None else str(file)
+    return dataclasses.replace(run, container=dataclasses.replace(container, image=image, mounts=tuple(mounts)))
+
+
+def _parts_of(path: Path) -> list[Path]:
+    if not is_metadataset(path):
+        return []
+    parts = [part for split in ("train", "val") for part in metadataset_parts(path, split)]
+    return [part.resolve() for part in parts if "://" not in str(part) and ":/" not in str(part)]
+
+
 def with_local_weights(run: RunConfig) -> RunConfig:
     """The run with its starting weights and its loss networks as paths on this file system.
 
@@ -68,17 +117,41 @@ def with_local_weights(run: RunConfig) -> RunConfig:
     Raises:
         ConfigError: if there is neither such a path nor such a repository in the cache.
     """
-    loss, steps, weights = run.loss, run.trainer.max_steps, run.model.jit_ckpt_pth
-    if weights is not None and not Path(weights).exists():
-        _refuse_missing_path("model.jit_ckpt_pth", weights, "name a folder with autoencoder.jit")
-        run = dataclasses.replace(run, model=dataclasses.replace(run.model, jit_ckpt_pth=_cached(weights)))
-    if loss.looks_through_vgg(steps):
-        file = _network("loss.lpips.weights", loss.lpips.weights, "loss.lpips.weight=0 and loss.gram.weight=0")
-        loss = dataclasses.replace(loss, lpips=dataclasses.replace(loss.lpips, weights=file))
-    if loss.flow.is_used(steps):
-        file = _network("loss.flow.weights", str(loss.flow.weights), "loss.flow.weight=0")
-        loss = dataclasses.replace(loss, flow=dataclasses.replace(loss.flow, weights=file))
+    weights = starting_weights(run.model)
+    if weights != run.model.jit_ckpt_pth:
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, jit_ckpt_pth=weights))
+    loss = run.loss
+    for term, file in loss_networks(run).items():
+        loss = dataclasses.replace(loss, **{term: dataclasses.replace(getattr(loss, term), weights=file)})
     return run if loss == run.loss else dataclasses.replace(run, loss=loss)
+
+
+def starting_weights(model: ModelConfig) -> str | None:
+    """What a run starts from, as a path on this file system; none: random weights.
+
+    Raises:
+        ConfigError: if there is neither such a path nor such a repository in the cache.
+    """
+    weights = model.jit_ckpt_pth
+    if weights is None or Path(weights).exists():
+        return weights
+    _refuse_missing_path("model.jit_ckpt_pth", weights, "name a folder with autoencoder.jit")
+    return _cached(weights)
+
+
+def loss_networks(run: RunConfig) -> dict[str, str]:
+    """The file of each network that the loss looks through, by the term that names it.
+
+    Raises:
+        ConfigError: if one is neither there nor in the cache.
+    """
+    loss, steps, files = run.loss, run.trainer.max_steps, {}
+    if loss.looks_through_vgg(steps):
+        mend = "loss.lpips.weight=0 and loss.gram.weight=0"
+        files["lpips"] = _network("loss.lpips.weights", loss.lpips.weights, mend)
+    if loss.flow.is_used(steps):
+        files["flow"] = _network("loss.flow.weights", str(loss.flow.weights), "loss.flow.weight=0")
+    return files
 
 
 def _network(setting: str, name: str, other_mend: str) -> str:

@@ -12,6 +12,7 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
+from cosmos_hpc.cli_evidence import evaluation_folder
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import find_shipped, load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
@@ -21,7 +22,6 @@ from cosmos_hpc.config.sweep import PlannedRun, expand
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
 from cosmos_hpc.data.video_file import probe, read_frames, write_mp4
-from cosmos_hpc.evidence import evaluation_folder
 from cosmos_hpc.job import Supervisor
 from cosmos_hpc.launch.follow import follow, progress_bar
 from cosmos_hpc.launch.forecast import forecasts

@@ -1,8 +1,8 @@
 """What the commands print as tables."""
 
-import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmos_hpc.config.sweep import PlannedRun
 from cosmos_hpc.launch.batch import Batch
@@ -19,6 +20,7 @@ from cosmos_hpc.launch.placement import PlacedRun
 from cosmos_hpc.launch.status import RunStatus
 
 if TYPE_CHECKING:  # brings torch
+    from cosmos_hpc.doctor import Finding
     from cosmos_hpc.report.scores import EvaluationSet, Interval
 
 WIDTH = 160
@@ -105,9 +107,18 @@ def print_batches(batches: Sequence[Batch]) -> None:
         print(batch.text, end="")
 
 
-def print_json(value: Any) -> None:
-    """For scripts."""
-    print(json.dumps(value, indent=1, default=str))
+def print_findings(found: "Sequence[Finding]") -> None:
+    """A line for each; below, how many are bad."""
+    colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("what was found, and the mend", overflow="fold")
+    for finding in found:
+        table.add_row(finding.check, Text(finding.verdict, style=colours[finding.verdict]), Text(finding.message))
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    counts = Counter(finding.verdict.value for finding in found)
+    print(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed")
 
 
 def print_status(rows: Sequence[RunStatus]) -> None:

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,8 +53,16 @@ class Attempt:
     number: int
 
 
-def main() -> None:
-    """Train, write how it ended, and exit 0 unless it failed: 1, or 2 where the mend is the user's."""
+Before = Callable[[Attempt, "Groups"], None]
+"""What a rank does once it has met the others, before it trains."""
+
+
+def main(before: Before = lambda attempt, groups: None) -> None:
+    """Train, write how it ended, and exit 0 unless it failed: 1, or 2 where the mend is the user's.
+
+    Args:
+        before: for the probe of `doctor`, which measures first.
+    """
     stop = StopRequest()
     stop.install()  # before the slow imports, so that no signal is lost or deadly in the first seconds
     arguments = _parse(sys.argv[1:])
@@ -66,7 +75,7 @@ def main() -> None:
     set_up_logging(rank)
     _quieten()
     try:
-        _run_rank(arguments, rank, stop)
+        _run_rank(arguments, rank, stop, before)
     except Exception as error:
         if arguments.run_folder is not None:
             _write_failure(RunFolder(arguments.run_folder), arguments.attempt, rank, error)
@@ -98,7 +107,7 @@ def _quieten() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
-def _run_rank(arguments: argparse.Namespace, rank: Rank, stop: StopRequest) -> None:
+def _run_rank(arguments: argparse.Namespace, rank: Rank, stop: StopRequest, before: Before) -> None:
     own_config = None if arguments.run_folder else _command_line_config(arguments.overrides, rank)
     from cosmos_hpc.training.parallel import Groups  # seconds of imports, after all that can be refused at once
 
@@ -108,6 +117,7 @@ def _run_rank(arguments: argparse.Namespace, rank: Rank, stop: StopRequest) -> N
         attempt = Attempt(folder, read_run_config(folder.config), arguments.attempt)
     else:
         attempt = groups.from_first(_lay_out_attempt(own_config) if rank.is_first else None)
+    before(attempt, groups)
     _run_attempt(attempt, groups, stop)
     groups.stop()
 

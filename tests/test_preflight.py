@@ -1,8 +1,10 @@
+import json
+
 import pytest
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.preflight import _cached_network, check_inputs, with_local_weights, with_num_steps
+from cosmos_hpc.preflight import _cached_network, check_inputs, with_local_image, with_local_weights, with_num_steps
 
 
 def run(weights: str):
@@ -92,3 +94,21 @@ def test_a_second_dataset_is_refused_by_its_own_name(dataset):
     settings = [f"data.path={dataset}", "data.general_path=/no/such", "data.num_workers=1"]
     with pytest.raises(ConfigError, match=r"data\.general_path is /no/such, which is not there"):
         check_inputs(resolve(load_experiment(None, settings), {}))
+
+
+def test_a_run_in_a_container_gets_the_imported_file_and_mounts_of_a_blends_parts(tmp_path, monkeypatch):
+    image = tmp_path / "images" / "a.sqsh"
+    image.parent.mkdir()
+    image.write_bytes(b"hsqs")
+    manifest = {"name": "nvcr.io/nvidia/nemo:25.02", "digest": None, "size": 4, "imported": "2026", "made_by": "",
+                "packages": {}}  # fmt: skip
+    image.with_name("a.sqsh.json").write_text(json.dumps(manifest))
+    blend = tmp_path / "blend.yaml"
+    blend.write_text("splits: {train: {blend: [{path: roads, weight: 1}, {path: /data/rain, weight: 1}]}}")
+    monkeypatch.setenv("COSMOS_HPC_IMAGES", str(image.parent))
+    settings = ["container.mode=enroot", "container.image=nvcr.io#nvidia/nemo:25.02", f"data.path={blend}"]
+    run = with_local_image(resolve(load_experiment(None, settings), {}))
+    assert run.container.image == str(image)
+    assert run.container.mounts == (f"{tmp_path}/roads:{tmp_path}/roads", "/data/rain:/data/rain")
+    other = resolve(load_experiment(None, [*settings, "container.image=nvcr.io/nvidia/nemo:25.04"]), {})
+    assert with_local_image(other).container.image == "nvcr.io/nvidia/nemo:25.04"

@@ -15,8 +15,9 @@ FLOORS = {
     "data": 1, "tokenizer": 1, "launch": 1,
     "training": 2,
     "job": 3, "report": 3, "preflight": 3, "advice": 3, "tokenize": 3,
-    "tables": 4, "names": 4, "api": 4, "cli": 4, "cli_operation": 4, "cli_submission": 4, "data_verbs": 4,
-    "evidence": 4, "posttrain": 4, "train": 4, "quickstart": 4,
+    "doctor": 4, "cli_doctor": 4,
+    "tables": 4, "names": 4, "api": 4, "cli": 4, "cli_operation": 4, "cli_submission": 4, "cli_data": 4,
+    "cli_evidence": 4, "cli_image": 4, "cli_options": 4, "posttrain": 4, "train": 4, "quickstart": 4,
 }  # fmt: skip
 
 
@@ -41,7 +42,9 @@ def test_a_room_imports_from_the_floors_below_it_only(file):
     assert above == same_top_floor, f"{room} is on floor {FLOORS[room]}"
 
 
-@pytest.mark.parametrize("verb", ["plan", "submit", "status", "cancel", "requeue", "checkpoint-now", "explain", "logs"])
+@pytest.mark.parametrize(
+    "verb", ["plan", "submit", "status", "cancel", "requeue", "checkpoint-now", "explain", "logs", "image"]
+)
 def test_verbs_of_the_login_node_import_no_torch(verb, quick_job):
     arguments = {"plan": [str(quick_job)], "submit": [str(quick_job), "data.path=nowhere"], "status": []}
     lines = [

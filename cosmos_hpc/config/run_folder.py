@@ -246,6 +246,11 @@ class ExperimentFolder:
         return self.path / "code"
 
     @property
+    def doctor(self) -> Path:
+        """Holds a folder for each probe job; those in which all was well are removed."""
+        return self.path / "doctor"
+
+    @property
     def submit_lock(self) -> Path:
         """Locked while a submission is at work."""
         return self.path / "submit.lock"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data.clips import Fault, UndecodableError
 from cosmos_hpc.data.decoders import Box
 from cosmos_hpc.data.packets import Packets
@@ -47,6 +48,20 @@ class ClipKind(NamedTuple):
 
     has_mask: bool = False
     """Whether a fourth channel says what the loss is to look at: 255 yes, 0 no."""
+
+    @classmethod
+    def of(cls, data: DataConfig, num_frames: int, height: int, width: int) -> "ClipKind":
+        """What the settings say of clips of one of their shapes."""
+        return cls(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            frame_stride=data.frame_stride,
+            fps=data.fps,
+            resize=data.resize,
+            flip=data.flip,
+            starts_at_keys=data.clip_start == "keyframe",
+        )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -17,8 +17,8 @@ from megatron.energon.errors import FatalSampleError
 from megatron.energon.savable_loader import BasicDataLoader
 from torch import Tensor
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.bad_videos import SPOILT, USELESS, SkippedVideos
 from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.clips import Fault
@@ -274,7 +274,7 @@ class ValidationLoader:
         """
         check_dataset(data.path, needed=("val",))
         self._data = data
-        self._kind = _kind(data, data.num_frames, data.crop_size, data.crop_size)
+        self._kind = ClipKind.of(data, data.num_frames, data.crop_size, data.crop_size)
         self._limit_batches = limit_batches
         self._skipped = SkippedVideos(quarantine, data.max_bad_share)
         self._clip_decoder = _clip_decoder(data)
@@ -322,25 +322,12 @@ def _clip_decoder(data: DataConfig) -> ClipDecoder:
     return ClipDecoder(data.decode_timeout_s, data.decoder)
 
 
-def _kind(data: DataConfig, num_frames: int, height: int, width: int) -> ClipKind:
-    return ClipKind(
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        frame_stride=data.frame_stride,
-        fps=data.fps,
-        resize=data.resize,
-        flip=data.flip,
-        starts_at_keys=data.clip_start == "keyframe",
-    )
-
-
 def _kinds(data: DataConfig) -> tuple[list[ClipKind], list[float]]:
     """What training clips look like, and how often; images need no room for longer clips."""
     shapes = data.clip_shapes
     longest = max(num_frames for num_frames, _, _ in shapes)
     kinds = [
-        _kind(data, *shape)._replace(
+        ClipKind.of(data, *shape)._replace(
             longest=1 if data.image_path is not None and shape[0] == 1 else longest, has_mask=data.masks
         )
         for shape in shapes

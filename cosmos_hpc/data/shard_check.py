@@ -118,6 +118,23 @@ def indexed_offsets(tar: Path) -> list[int]:
     return [offset for (offset,) in struct.iter_unpack("<Q", raw[: len(raw) // 8 * 8])]
 
 
+def changed_shard(root: Path, name: str) -> str | None:
+    """What a look at sizes and times alone finds wrong with an indexed shard, in no time; none where nothing is."""
+    shard, index = root / name, indexed_offsets(root / name)
+    try:
+        stat = shard.stat()
+    except OSError as error:
+        return f"{name} can't be read ({error.strerror})"
+    if not index:
+        return f"{name} has no index"
+    if stat.st_size < index[-1]:
+        return f"{name} has {stat.st_size} bytes, but samples are indexed up to {index[-1]}"
+    stamp = root / META_FOLDER / "index.uuid"
+    if stamp.exists() and stat.st_mtime > stamp.stat().st_mtime:
+        return f"{name} was changed after it was indexed"
+    return None
+
+
 def _check(root: Path, name: str) -> int | str:
     """Number of samples, or what is wrong."""
     offsets = indexed_offsets(root / name)

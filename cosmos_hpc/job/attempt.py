@@ -59,6 +59,8 @@ class Attempt:
         self._record = state.attempts[-1]
         of_this_job = [record for record in state.attempts if record.job_id == self._record.job_id]
         num_hangs = faults_since_progress(of_this_job).count(Ending.HANG)
+        if config.container.mode != "none":  # a node that has the image unpacked already tells nothing of the next one
+            state.longest_silence_s.pop(Heartbeat().phase, None)
         self._vigil = Vigil(config.cluster.hang, state.longest_silence_s, num_hangs=num_hangs)
         self._begun = time.monotonic()
         self._before = self._record.goodput or Goodput()

@@ -23,13 +23,13 @@ def has_room(folder: RunFolder) -> bool:
         shutil.rmtree(leftover, ignore_errors=True)
     needed = max(2**20, checkpoint_bytes(folder))
     space = os.statvfs(folder.path)
-    return space.f_bavail * space.f_frsize >= needed and _can_write(folder.path / ".room.partial", needed)
+    return space.f_bavail * space.f_frsize >= needed and can_write(folder.path / ".room.partial", needed)
 
 
 def is_full(folder: RunFolder) -> bool:
     """Whether not even a word could be written."""
     try:
-        return not _can_write(folder.path / ".room.partial", 2**16)
+        return not can_write(folder.path / ".room.partial", 2**16)
     except OSError:  # whatever is wrong, it is not that
         return False
 
@@ -40,7 +40,12 @@ def checkpoint_bytes(folder: RunFolder) -> int:
     return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) if newest else 0
 
 
-def _can_write(probe: Path, needed: int) -> bool:
+def can_write(probe: Path, needed: int) -> bool:
+    """Whether so many bytes, up to `PROBE_BYTES`, can be written into a new file, which is removed again.
+
+    Raises:
+        OSError: where something else than room is missing.
+    """
     try:
         with probe.open("wb") as file:
             file.write(bytes(min(needed, PROBE_BYTES)))

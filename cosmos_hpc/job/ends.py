@@ -41,8 +41,13 @@ SCHEDULER_SIGNS: tuple[tuple[Ending, re.Pattern[str]], ...] = (
         re.compile(r"^(?:srun|slurmstepd).*[Nn](?:ODE FAILURE|ode failure)(?: on (?P<host>[\w-]+))?.*", re.M),
     ),
     (Ending.OUT_OF_MEMORY, re.compile(r"^(?:srun|slurmstepd).*(?:oom.?kill|out.of.memory).*", re.M | re.I)),
+    (Ending.NODE_FAILURE, re.compile(r"^error: no container on (?P<host>[\w-]+): .*", re.M)),
+    (
+        Ending.CODE_FAULT,  # a mount without its source, a hook that fails: most often the same on every node
+        re.compile(r"^(?:\[ERROR\]|enroot-\w+: failed|(?:srun|slurmstepd): error: pyxis:).*", re.M),
+    ),
 )
-"""What SLURM says in the launcher's log."""
+"""What SLURM, and whoever starts the container, say in the launcher's log."""
 
 ERROR_LINE = re.compile(r"(error|[\w.]*(Error|Exception|Interrupt)): ")
 """How a line begins that names an error: ours, or the last one of a traceback."""

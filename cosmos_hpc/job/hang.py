@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from cosmos_hpc.config.cluster_schema import HangConfig
 from cosmos_hpc.config.rank_reports import Heartbeat
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import HangConfig
 
 STACKS_S = 10.0
 """How long ranks have to print their stacks."""

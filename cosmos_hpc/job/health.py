@@ -84,6 +84,15 @@ def check_nodes(run: RunConfig, folder: RunFolder, nodes: Sequence[str], output:
     Returns:
         The nodes that failed; empty where no node answered at all, which says more of the gate than of the nodes.
     """
+    reports = ask_nodes(run, folder, nodes, output)
+    if not reports:
+        logger.warning("no node answered the health gate in %.0f s: going on without it", run.cluster.health_check_s)
+        return []
+    return judge(nodes, reports, run.cluster.health_check_s)
+
+
+def ask_nodes(run: RunConfig, folder: RunFolder, nodes: Sequence[str], output: IO[str]) -> list[NodeReport]:
+    """What those nodes say of themselves that answer; arguments as for `check_nodes`."""
     with _Gate(nodes, run.cluster.health_check_s) as gate:
         gpus = 0 if run.cluster.gpus_per_node == 0 else run.trainer.devices
         checks = {"gpus": gpus, "folder": str(folder.path), "room_bytes": checkpoint_bytes(folder)}
@@ -93,10 +102,7 @@ def check_nodes(run: RunConfig, folder: RunFolder, nodes: Sequence[str], output:
         step = start_step(command, step_environment(run, socket.gethostname(), gate.port), output)
         reports = gate.hear(step)
         _end(step)
-    if not reports:
-        logger.warning("no node answered the health gate in %.0f s: going on without it", run.cluster.health_check_s)
-        return []
-    return judge(nodes, reports, run.cluster.health_check_s)
+    return reports
 
 
 def judge(nodes: Sequence[str], reports: Sequence[NodeReport], limit_s: float) -> list[Problem]:

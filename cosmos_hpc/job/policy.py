@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from cosmos_hpc.config.cluster_schema import RestartConfig
 from cosmos_hpc.config.run_state import AttemptRecord, Ending
-from cosmos_hpc.config.schema import RestartConfig
 
 BAD_NODE = (Ending.NODE_FAILURE, Ending.GPU_ERROR)
 """Faults after which the allocation is not to be trusted."""

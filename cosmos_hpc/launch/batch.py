@@ -85,6 +85,19 @@ def single_scripts(runs: Sequence[tuple[RunConfig, RunFolder]], code: Path) -> d
     return texts
 
 
+def script_around(run: RunConfig, experiment: ExperimentFolder, code: Path, command: Sequence[str]) -> str:
+    """The script of a job with a run's options that does something else: Python's arguments in place of the supervisor.
+
+    Args:
+        run: its settings.
+        experiment: takes the job's output.
+        code: folder of the snapshot that the job runs from.
+        command: what Python is given.
+    """
+    lines = [*_code_lines(code), shlex.join([sys.executable, "-u", *command])]
+    return str(_executor(run, experiment, None)._executor._make_submission_file_text("\n".join(lines), "")) + "\n"
+
+
 def start_lines(code: Path, run: str) -> list[str]:
     """What a script does to start the supervisor of a run with some code.
 
@@ -92,11 +105,7 @@ def start_lines(code: Path, run: str) -> list[str]:
         code: folder of the snapshot.
         run: its folder, as a word of bash.
     """
-    return [
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",
-        f"{shlex.quote(sys.executable)} {SUPERVISOR} {run}",
-    ]
+    return [*_code_lines(code), f"{shlex.quote(sys.executable)} {SUPERVISOR} {run}"]
 
 
 def run_of(script: Path, job: str) -> RunFolder | None:
@@ -174,6 +183,13 @@ def _text(group: list[tuple[RunConfig, RunFolder]], code: Path, max_parallel: in
     else:
         lines = ["runs=(", *paths, ")", *start_lines(code, '"${runs[$SLURM_ARRAY_TASK_ID]}"')]
     return str(executor._make_submission_file_text("\n".join(lines), "")) + "\n"
+
+
+def _code_lines(code: Path) -> list[str]:
+    return [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # the code above, rather than that in the folder where sbatch was called",
+    ]
 
 
 def _executor(run: RunConfig, experiment: ExperimentFolder, max_parallel: int | None) -> "AutoExecutor":

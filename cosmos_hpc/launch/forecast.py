@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import read_run_config
 from cosmos_hpc.config.loss_schema import LossTermConfig
 from cosmos_hpc.config.rank_reports import last_lines
 from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.run_state import RunState
 from cosmos_hpc.config.schema import RunConfig
 
 MOST_LOOKED_AT = 300
@@ -58,6 +60,35 @@ def forecasts(runs: Sequence[RunConfig], folders: Sequence[RunFolder], root: Pat
     ]
 
 
+class Stop(NamedTuple):
+    """What a run needs to leave with a checkpoint, as it was measured."""
+
+    step_s: float
+    """The longest of the last steps, but for the first one after a start."""
+
+    save_s: float | None
+    """The longest save; none where no attempt came to its end."""
+
+    measured_in: str
+    """The run."""
+
+
+def measured_stop(run: RunConfig, root: Path) -> Stop | None:
+    """What the last run with the same settings took for a step and a save; none where there was none.
+
+    Args:
+        run: as it would be sent.
+        root: folder of all experiments.
+    """
+    wanted = _speed_key(run)
+    for folder, config in _newest_runs(root):
+        steps = noted(folder, "step_time_s", without_first=True) if _speed_key(config) == wanted else []
+        if len(steps) >= FEWEST_STEPS:
+            state = RunState.read(folder.state)
+            return Stop(max(steps), state.longest_silence_s.get("save") if state else None, folder.label)
+    return None
+
+
 def _forecast(
     run: RunConfig, folder: RunFolder, speed: tuple[float, str] | None, checkpoint_bytes: int | None
 ) -> Forecast:
@@ -98,15 +129,29 @@ def _newest_runs(root: Path) -> Iterator[tuple[RunFolder, RunConfig]]:
             continue
 
 
-def _clips_per_s(folder: RunFolder) -> float | None:
-    """Median of the last steps; none after too few of them, the first ones being slow."""
-    found = []
-    for line in last_lines(folder.metrics).splitlines():
+def noted(folder: RunFolder, name: str, *, without_first: bool = False) -> list[float]:
+    """A number of the last steps, by its name in metrics.jsonl.
+
+    Args:
+        folder: the run.
+        name: such as step_time_s.
+        without_first: leave out each attempt's first step, which compiles and fills caches.
+    """
+    found, attempt = [], None
+    for text in last_lines(folder.metrics).splitlines():
         try:
-            found.append(json.loads(line).get("clips_per_s"))
+            line = json.loads(text)
         except ValueError:  # the first one may be cut, the last one is being written
             continue
-    speeds = [speed for speed in found if speed]
+        is_first, attempt = line.get("attempt") != attempt, line.get("attempt")
+        if line.get(name) and not (is_first and without_first):
+            found.append(line[name])
+    return found
+
+
+def _clips_per_s(folder: RunFolder) -> float | None:
+    """Median of the last steps; none after too few of them, the first ones being slow."""
+    speeds = noted(folder, "clips_per_s")
     return median(speeds) if len(speeds) >= FEWEST_STEPS else None
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.controller import cluster_settings
 
 SINFO = ("sinfo", "--noheader", "--format=%P|%l|%D|%c|%G")
 
@@ -34,6 +35,9 @@ class Partition:
 
     gpus_per_node: int
     """Of the node that has the most."""
+
+    gpu_types: tuple[str, ...] = ()
+    """Their names, as the cluster calls them."""
 
 
 class Misfit(NamedTuple):
@@ -81,8 +85,9 @@ def partitions() -> dict[str, Partition]:
     for line in text.splitlines():  # one for each kind of node
         name, limit, nodes, cpus, gpus = line.strip().split("|")
         row = Partition(
-            name.rstrip("*"), name.endswith("*"), _minutes(limit), int(nodes), int(cpus.rstrip("+")), _gpus(gpus)
-        )
+            name.rstrip("*"), name.endswith("*"), _minutes(limit), int(nodes), int(cpus.rstrip("+")), _gpus(gpus),
+            tuple(re.findall(r"gpu:([^,:()]+):\d", gpus)),
+        )  # fmt: skip
         found[row.name] = _larger(found.get(row.name, row), row) if row.name in found else row
     return found
 
@@ -108,8 +113,7 @@ def misfits(run: RunConfig, there: Mapping[str, Partition]) -> Iterator[Misfit]:
         run: for SLURM.
         there: from `partitions`.
     """
-    asked, mend = run.cluster.partition, f"set {' or '.join(there)}"
-    names = asked.split(",") if asked else [row.name for row in there.values() if row.is_default]
+    asked, mend, names = run.cluster.partition, f"set {' or '.join(there)}", partition_names(run, there)
     if not names:
         yield Misfit("partition", f"cluster.partition is not set, and this cluster has no default: {mend}")
     elif not set(names) <= set(there):
@@ -122,18 +126,19 @@ def misfits(run: RunConfig, there: Mapping[str, Partition]) -> Iterator[Misfit]:
                 yield Misfit(limit, words.format(wanted=wanted(run), most=most, name=name))
 
 
+def partition_names(run: RunConfig, there: Mapping[str, Partition]) -> list[str]:
+    """The partitions that a run may start in: its own, else the default; they need not be there."""
+    asked = run.cluster.partition
+    return asked.split(",") if asked else [row.name for row in there.values() if row.is_default]
+
+
 def largest_array() -> int:
     """Elements that an array of this cluster may have.
 
     Raises:
         ConfigError: if the controller does not answer.
     """
-    try:
-        text = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        raise ConfigError("scontrol does not answer: run this on a node of the cluster, see `scontrol ping`") from None
-    said = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-    return int(said[1]) if said else 1001  # SLURM's own default
+    return max(1, int(cluster_settings().get("MaxArraySize", 1001)))  # 0: no arrays; 1001: SLURM's own default
 
 
 def _larger(one: Partition, other: Partition) -> Partition:
@@ -144,6 +149,7 @@ def _larger(one: Partition, other: Partition) -> Partition:
         one.num_nodes + other.num_nodes,
         max(one.cpus_per_node, other.cpus_per_node),
         max(one.gpus_per_node, other.gpus_per_node),
+        tuple(dict.fromkeys(one.gpu_types + other.gpu_types)),
     )
 
 

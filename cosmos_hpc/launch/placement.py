@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cosmos_hpc.config.errors import ConfigError
@@ -11,6 +12,7 @@ from cosmos_hpc.config.load import read_run_config, to_yaml
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atomically
 from cosmos_hpc.config.run_state import RunState, Status
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch.images import read_manifest
 from cosmos_hpc.launch.local import is_locked
 from cosmos_hpc.launch.marks import is_pending, newest_job
 from cosmos_hpc.launch.provenance import provenance
@@ -89,8 +91,16 @@ def lay_out(run: RunConfig, folder: RunFolder, start: dict[str, Any] | None = No
     fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
     write_atomically(folder.config, to_yaml(fixed))
     starts = json.loads(folder.provenance.read_text()) if folder.provenance.exists() else []
-    write_atomically(folder.provenance, json.dumps([*starts, start or provenance()], indent=1))
+    write_atomically(folder.provenance, json.dumps([*starts, {**(start or provenance()), **_image(run)}], indent=1))
     return fixed
+
+
+def _image(run: RunConfig) -> dict[str, Any]:
+    """What the ranks run in, for the provenance."""
+    if run.container.mode == "none" or run.container.image is None:
+        return {}
+    manifest = read_manifest(Path(run.container.image))
+    return {"image": {"file": run.container.image, **(dataclasses.asdict(manifest) if manifest else {})}}
 
 
 def _check_resume(run: RunConfig, folder: RunFolder) -> None:

@@ -14,12 +14,18 @@ from typing import IO
 import cosmos_hpc
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.schema import RunConfig
-from cosmos_hpc.launch.container import container_prefix
+from cosmos_hpc.launch.container import container_environment, container_prefix
 from cosmos_hpc.launch.local import children
 from cosmos_hpc.ranks import die_with_parent
 
 CALLERS_GPUS = "COSMOS_HPC_CUDA_VISIBLE_DEVICES"
 """What CUDA_VISIBLE_DEVICES was to the caller of a local submission, if it was set."""
+
+OWN = {
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_OFFLINE": "1",  # a job downloads nothing
+}
+"""Variables that every rank has."""
 
 KILL_WAIT_S = 60.0
 """How long srun may take to notice that the tasks it was told to kill are gone."""
@@ -102,7 +108,9 @@ def _send(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def step_command(run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequence[str] = ()) -> list[str]:
+def step_command(
+    run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequence[str] = (), module: str = "cosmos_hpc.train"
+) -> list[str]:
     """One process per GPU on every node, each `python -m cosmos_hpc.train` on the run folder.
 
     Args:
@@ -110,13 +118,14 @@ def step_command(run: RunConfig, folder: RunFolder, attempt: int, nodes: Sequenc
         folder: the run.
         attempt: number of this start.
         nodes: the nodes to use, where some of the allocation are to be left out.
+        module: what the processes run.
     """
-    rank = ["-m", "cosmos_hpc.train", "--run-folder", str(folder.path), "--attempt", str(attempt)]
+    rank = ["-m", module, "--run-folder", str(folder.path), "--attempt", str(attempt)]
     if run.cluster.executor == "local":
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.trainer.devices}"]
         return [sys.executable, *launcher, *rank]
-    prefix = container_prefix(run.container, _mounts(run, folder))
-    python = sys.executable if run.container.mode == "none" else "python"
+    prefix = container_prefix(run.container, mounts(run, folder), folder.path, _overriding(run))
+    python = sys.executable if run.container.mode == "none" else run.container.python
     return [*_srun(run, nodes), *prefix.srun_flags, *prefix.command, python, *rank]
 
 
@@ -130,13 +139,15 @@ def step_environment(run: RunConfig, master_address: str, master_port: int) -> d
     chosen = {**run.cluster.environment, **run.container.environment}
     if "PYTHONPATH" in chosen and "PYTHONPATH" in environment:  # the code that was submitted, behind the user's own
         chosen["PYTHONPATH"] += os.pathsep + environment["PYTHONPATH"]
+    pythonpath = chosen.get("PYTHONPATH", environment.get("PYTHONPATH", ""))
+    has_gpus = run.cluster.gpus_per_node != 0
     return {
         **environment,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",  # a job downloads nothing
+        **OWN,
         "MASTER_ADDR": master_address,
         "MASTER_PORT": str(master_port),
+        **container_environment(run.container, pythonpath, has_gpus=has_gpus),
         **chosen,
     }
 
@@ -163,14 +174,29 @@ def _srun(run: RunConfig, nodes: Sequence[str]) -> list[str]:
     return ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--cpu-bind=none", *size]
 
 
-def _mounts(run: RunConfig, folder: RunFolder) -> tuple[str, ...]:
+def _overriding(run: RunConfig) -> list[str]:
+    """Variables for which the image's own values don't count."""
+    devices = ["NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "MELLANOX_VISIBLE_DEVICES", "TMPDIR"]
+    key = [run.wandb.api_key_env] if run.wandb.api_key_env in os.environ else []
+    return [*OWN, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", *devices, *key, *run.cluster.environment]
+
+
+def needed_paths(run: RunConfig, folder: RunFolder) -> dict[str, Path]:
+    """What the ranks need of the shared file system, by what the user calls it."""
+    named = {"data.path": run.data.path, "data.general_path": run.data.general_path,
+             "data.image_path": run.data.image_path, "model.jit_ckpt_pth": run.model.jit_ckpt_pth}  # fmt: skip
+    named |= {f"{path} of the loss": path for path in run.loss.network_files(run.trainer.max_steps)}
+    # A snapshot in the Hugging Face cache links to files of its repository's folder.
+    inputs = {name: _repository(Path(path)) for name, path in named.items() if path and "://" not in path}
+    return {"the run folder": folder.path, **inputs}
+
+
+def mounts(run: RunConfig, folder: RunFolder) -> tuple[str, ...]:
     """The package, the run and its inputs, at the same paths inside as outside."""
     package = Path(cosmos_hpc.__file__).parents[1]
-    networks = run.loss.network_files(run.trainer.max_steps)
-    datasets = [path for path in (run.data.path, run.data.general_path, run.data.image_path) if path is not None]
-    files = [path for path in (run.model.jit_ckpt_pth, *networks) if path is not None]
-    inputs = [Path(path) for path in (*datasets, *files) if "://" not in path]
-    # A snapshot in the Hugging Face cache links to files of its repository's folder.
-    caches = [next((above.parent for above in path.parents if above.name == "snapshots"), path) for path in inputs]
-    whole = dict.fromkeys(caches)
-    return tuple(f"{path}:{path}" for path in (package, folder.path, *whole))
+    whole = dict.fromkeys((package, *needed_paths(run, folder).values()))
+    return tuple(f"{path}:{path}" for path in whole)
+
+
+def _repository(path: Path) -> Path:
+    return next((above.parent for above in path.parents if above.name == "snapshots"), path)

@@ -16,6 +16,7 @@ from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, write_atom
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.after import jobs_before
 from cosmos_hpc.launch.batch import Batch, batches, single_scripts
+from cosmos_hpc.launch.container import check_container
 from cosmos_hpc.launch.limits import check_fits, largest_array
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.marks import mark_sent, settle_locked
@@ -24,10 +25,13 @@ from cosmos_hpc.launch.provenance import provenance
 from cosmos_hpc.launch.queue import cancel_jobs, own_jobs_by_script
 from cosmos_hpc.launch.snapshot import snapshot_folder, take_snapshot
 from cosmos_hpc.launch.status import cancel_all
-from cosmos_hpc.launch.step import CALLERS_GPUS
+from cosmos_hpc.launch.step import CALLERS_GPUS, needed_paths
 
 MakeJob = Callable[[Path], Callable[[], None]]
 """Turns a run folder into the callable that runs it on this machine."""
+
+Check = Callable[[Sequence[PlacedRun]], None]
+"""Raises a ConfigError where some runs should not be sent."""
 
 YEAR_MIN = 365 * 24 * 60
 """A local machine has no wall clock."""
@@ -79,6 +83,7 @@ def submit(
     *,
     retries_failed: bool = False,
     prunes: bool = False,
+    check: Check = lambda sent: None,
 ) -> Submission:
     """Send the runs that are left to do, as one array for all that ask for the same.
 
@@ -89,6 +94,7 @@ def submit(
         make_job: the supervisor of a run folder, for runs of this machine.
         retries_failed: whether failed runs are sent again.
         prunes: whether living runs that left the sweep are cancelled.
+        check: looks at the runs that are about to be sent, where there are any.
 
     Raises:
         ConfigError: if another submission is at work, or the scheduler refuses; nothing has been sent then.
@@ -99,7 +105,7 @@ def submit(
                               f"status {experiment.name}` first")  # fmt: skip
         settle_locked(experiment, own_jobs_by_script() if experiment.scripts.is_dir() else {})
         placed = place(runs, experiment, retries_failed=retries_failed)
-        jobs = _send(placed, experiment, max_parallel, make_job)
+        jobs = _send(placed, experiment, max_parallel, make_job, check)
         left = left_the_sweep(placed, experiment)
         pruned = cancel_all(left) if prunes else {}
     return Submission(experiment, placed, jobs, left, pruned)
@@ -121,7 +127,11 @@ def planned_batches(placed: Sequence[PlacedRun], experiment: ExperimentFolder, m
 
 
 def _send(
-    placed: Sequence[PlacedRun], experiment: ExperimentFolder, max_parallel: int | None, make_job: MakeJob
+    placed: Sequence[PlacedRun],
+    experiment: ExperimentFolder,
+    max_parallel: int | None,
+    make_job: MakeJob,
+    check: Check,
 ) -> dict[str, str]:
     sent = [run for run in placed if run.is_sent]
     if not sent:
@@ -132,6 +142,9 @@ def _send(
     before = jobs_before(sent[0].config.after, is_local=bool(local))
     if not local:
         check_fits([run.config for run in sent])
+        for run in {repr((run.config.container, run.config.data)): run for run in sent}.values():
+            check_container(run.config.container, needed_paths(run.config, run.folder))
+    check(sent)
     code = take_snapshot(experiment)
     start = {**provenance(), "code": str(code)}
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -164,7 +177,7 @@ def _send_to_slurm(
         folder.script.write_text(text)
     for array in arrays:
         write_atomically(array.script, array.text)
-        _sbatch("--test-only", str(array.script))
+        sbatch("--test-only", str(array.script))
     _note(experiment, {"time": time.time(), "scripts": {a.script.name: [run.label for run in a.runs] for a in arrays}})
     ids: dict[str, str] = {}
     last = sorted({job.partition("_")[0] for job in living})
@@ -172,7 +185,7 @@ def _send_to_slurm(
         for folder in array.runs:
             folder.pending_mark.write_text("")
         try:
-            job = _sbatch(*_dependency(before, last if array.follows else ()), str(array.script))
+            job = sbatch(*_dependency(before, last if array.follows else ()), str(array.script))
         except ConfigError:
             cancel_jobs(sorted({job.partition("_")[0] for job in ids.values()}))
             for run in sent:
@@ -194,7 +207,7 @@ def _dependency(well: Sequence[str], ended: Sequence[str]) -> list[str]:
     return [*words, "--kill-on-invalid-dep=yes"] if well else words  # else it would be pending for ever
 
 
-def _sbatch(*arguments: str) -> str:
+def sbatch(*arguments: str) -> str:
     """The job that sbatch has made of a script; in its own words why not.
 
     Raises:

@@ -11,8 +11,8 @@ import torch
 from matplotlib.image import imsave
 from torch import Tensor, nn
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.loader import ValidationLoader, to_unit_range
 from cosmos_hpc.report.evaluate import compute_device
 from cosmos_hpc.report.run_data import RunRecord, num_validation_samples

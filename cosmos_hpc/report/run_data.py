@@ -9,11 +9,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import known_settings, read_run_config
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import AttemptRecord, Goodput, RunState, Status
-from cosmos_hpc.config.schema import DataConfig, RunConfig
+from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.data.dataset_index import split_sizes
 
 FINAL_STEPS = 10

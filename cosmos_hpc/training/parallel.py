@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.training.lean_import import lean_import
 

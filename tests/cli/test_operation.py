@@ -102,3 +102,20 @@ def test_waiting_for_a_run_that_does_not_finish_ends_with_1(running, quick_job):
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "code fault: no such layer" in done.stdout
     assert "--retry failed" in done.stdout
+
+
+def test_python_has_the_same_verbs(running):
+    log = running.rank_log(0, 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("resumed at step 0\n")
+    assert [row.status for row in api.status("quick")] == ["running"]
+    assert "".join(api.logs("quick")) == "resumed at step 0\n"
+    assert api.checkpoint_now("quick") == {running.label: "asked to save after its next step"}
+    assert api.requeue("quick") == {running.label: "asked to save and to start again"}
+    assert [story.record.host for story in api.explain("quick").attempts] == ["node1"]
+    assert list(api.cancel("quick")) == [running.label]
+    assert (running.save_request.exists(), running.requeue_request.exists(), running.cancel_mark.exists()) == (
+        True,
+    ) * 3
+    for name in api.__all__:
+        assert getattr(api, name).__doc__, name

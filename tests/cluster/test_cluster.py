@@ -1,11 +1,12 @@
 """The cluster that the other tests stand on: nodes, preemption, accounting, the power switch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, wait_until
+from slurm_cluster import APT_LINE, SlurmCluster, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -69,6 +70,22 @@ def test_a_killed_test_session_leaves_no_daemon_and_the_next_one_removes_its_fol
     assert not folder.exists()
     assert not again.folder.exists()
     assert not Path("/dev/shm", folder.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("required", "code", "words"),
+    [({}, 0, "1 skipped"), ({"COSMOS_HPC_REQUIRES_CLUSTER": "1"}, 1, "COSMOS_HPC_REQUIRES_CLUSTER is set, but no ")],
+)
+def test_a_machine_without_the_packages_skips_with_what_installs_them_and_ci_fails(tmp_path, required, code, words):
+    (tmp_path / "bare.py").write_text("import slurm_cluster\nslurm_cluster.PATH = '/nowhere'\n")
+    here = Path(__file__)
+    paths = os.pathsep.join([str(tmp_path), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "COSMOS_HPC_REQUIRES_CLUSTER": "", "PYTHONPATH": paths}
+    environment = {name: value for name, value in environment.items() if value} | required
+    command = [sys.executable, "-m", "pytest", "-rs", "-m", "slurm", "-p", "bare", str(here), "-k", "four_nodes"]
+    done = subprocess.run(command, env=environment, cwd=here.parents[2], capture_output=True, text=True, check=False)
+    told = done.returncode, words in done.stdout, APT_LINE in done.stdout
+    assert told == (code, True, True), done.stdout + done.stderr
 
 
 def named(folder: Path) -> list[str]:

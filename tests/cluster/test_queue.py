@@ -8,10 +8,11 @@ import pytest
 from runs import cosmos_hpc
 from slurm_cluster import wait_until
 
+from cosmos_hpc.config.cluster_schema import ClusterConfig
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import ClusterConfig, RunConfig
+from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.queue import _accounted, cancel_jobs, job_statuses, requeue_own_job
 
 pytestmark = pytest.mark.slurm

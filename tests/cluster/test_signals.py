@@ -97,8 +97,10 @@ def test_a_run_is_pending_between_two_starts_and_is_not_sent_twice(slurm_cluster
 
 
 def test_only_the_element_of_an_array_that_is_requeued_starts_again(slurm_cluster, counting_job):
-    sweep = "sweep: {grid: {trainer.seed: [0, 1, 2, 3, 4, 5]}, max_parallel: 2}\n"
-    counting_job.write_text(counting_job.read_text().replace("max_steps: 30", "max_steps: 60") + sweep)
+    sweep = (
+        "sweep: {zip: {trainer.seed: [0, 1, 2, 3, 4, 5], trainer.max_steps: [9, 9, 9, 9, 9, 60]}, max_parallel: 2}\n"
+    )
+    counting_job.write_text(counting_job.read_text() + sweep)
     planned = cosmos_hpc("plan", counting_job, "name=array", "--script")
     assert not (runs_folder() / "array").exists()
     assert "#SBATCH --array=0-5%2" in planned

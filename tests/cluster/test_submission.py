@@ -224,6 +224,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_a_waiting_job_runs_the_code_as_it_was_and_not_as_it_was_edited(slurm_cluster, full, job, tmp_path):
     mine = checkout(tmp_path)
+    commit = "git init -q . && git add . && git -c user.name=me -c user.email=me@here commit -qm all"
+    subprocess.run(commit, shell=True, cwd=mine, check=True)
     main = mine / "cosmos_hpc" / "job" / "__main__.py"
     main.write_text('print("new and not committed", flush=True)\n' + main.read_text())
     (mine / "jobs" / "mine.yaml").write_text("name: mine\n")
@@ -238,7 +240,9 @@ def test_a_waiting_job_runs_the_code_as_it_was_and_not_as_it_was_edited(slurm_cl
     assert outcomes(folder) == ["finished"], story(slurm_cluster, folder)
     (log,) = folder.experiment.submitit.glob("*.out")
     assert "new and not committed" in log.read_text()
-    code = Path(json.loads(folder.provenance.read_text())[-1]["code"])
+    start = json.loads(folder.provenance.read_text())[-1]
+    assert '+print("new and not committed", flush=True)' in start["git_diff"].splitlines()
+    code = Path(start["code"])
     assert (code.parent, (code / "jobs" / "mine.yaml").read_text()) == (folder.experiment.code, "name: mine\n")
 
 
@@ -281,6 +285,7 @@ def test_plain_sbatch_has_the_same_supervisor_and_run_folder_and_goes_on_with_th
     assert [steps(folder)[-1] for folder in folders] == [100, 100]
     codes = {Path(json.loads(folder.provenance.read_text())[-1]["code"]) for folder in folders}
     assert {code.parent for code in codes} == {folders[0].experiment.code}
+    assert all("cosmos_hpc.job " in folder.script.read_text() for folder in folders)
     assert not list((runs_folder() / ".posttrain").iterdir())
     job.write_text(written)
     assert api.plan(job, ["trainer.max_steps=100"]).placed[0].action == "skip: finished"

@@ -161,6 +161,19 @@ def test_one_name_to_come_after_needs_no_brackets(tmp_path):
     assert list(resolve(load_experiment(job, ["after=[a, b]"]), {}).after) == ["a", "b"]
 
 
+@pytest.mark.parametrize("group", ["container", "cluster"])
+def test_a_secret_in_the_environment_of_a_profile_is_refused_without_its_value(job, group):
+    with pytest.raises(ConfigError, match=rf"{group}.environment sets MY_API_KEY.*export it before") as refusal:
+        settings(job, f"{group}.environment.MY_API_KEY=hush")
+    assert "hush" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("mount", ["/data", "data:/data", "/data:data", "/my data:/data", "/a:/b,/c:/d"])
+def test_a_mount_that_enroot_would_stumble_over_is_refused(job, mount):
+    with pytest.raises(ConfigError, match="write SOURCE:TARGET or SOURCE:TARGET:ro"):
+        settings(job, f"container.mounts=['{mount}']")
+
+
 def test_the_cluster_says_how_images_run_unless_the_container_does():
     cluster = "cluster={executor: slurm, container_mode: enroot}"
     assert settings(None, cluster, "container.image=/nemo.sqsh").container.mode == "enroot"

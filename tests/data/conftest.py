@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_videos import NUM_TRAIN, NUM_VAL, pictures
 
-from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare

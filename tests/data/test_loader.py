@@ -242,7 +242,7 @@ def test_blend_of_datasets_is_read(data_config, train_loader, dataset, videos, t
 SIGNALLED_RANK = """
 import os, signal, sys, time
 from itertools import islice
-from cosmos_hpc.config.schema import DataConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.data.clips import Fault
 from cosmos_hpc.data.loader import TrainLoader
 

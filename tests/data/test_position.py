@@ -16,8 +16,8 @@ import torch
 from batches import equal, take
 from small_videos import NUM_TRAIN, start_of, video_of
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import DataConfig
 from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.data.pack import pack

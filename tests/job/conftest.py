@@ -11,9 +11,11 @@ from play import Play, Script, Start
 
 import cosmos_hpc.job.attempt as attempt_module
 import cosmos_hpc.job.hang as hang_module
+from cosmos_hpc.config.cluster_schema import ClusterConfig, RestartConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import ClusterConfig, DataConfig, RestartConfig, RunConfig, TrainerConfig
+from cosmos_hpc.config.schema import RunConfig, TrainerConfig
 from cosmos_hpc.launch.step import start_step
 
 

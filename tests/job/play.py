@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cosmos_hpc.config.cluster_schema import HangConfig
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import RunState
-from cosmos_hpc.config.schema import HangConfig
 from cosmos_hpc.job import Supervisor
 
 LIMIT_S = 60

@@ -129,6 +129,19 @@ def test_slurms_own_words_explain_a_kill(tmp_path: Path) -> None:
     assert (found.ending, found.error) == (Ending.NODE_FAILURE, "srun: error: Node failure on node2")
 
 
+def test_a_container_that_does_not_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+    died = "srun: error: node3: task 5: Exited with exit code 1\n"
+    full = "error: no container on node3: /raid has 12 MiB left, too little to unpack a.sqsh: set container.scratch"
+    found = left(tmp_path / "full", 1, f"node2: unpacking /shared/a.sqsh in /raid\n{full}\n{died}", rank_0=GLOO)
+    assert (found.ending, found.error, found.host) == (Ending.NODE_FAILURE, full, "node3")
+    mount = "enroot-mount: failed to mount: /gone at /raid/x/gone: No such file or directory"
+    found = left(tmp_path / "mount", 1, f"{mount}\n{died}")
+    assert (found.ending, found.error) == (Ending.CODE_FAULT, mount)
+    pyxis = "slurmstepd: error: pyxis: couldn't start container"
+    found = left(tmp_path / "pyxis", 1, f"pyxis: importing docker image: x\n{pyxis}\n{died}")
+    assert (found.ending, found.error) == (Ending.CODE_FAULT, pyxis)
+
+
 def test_without_failure_files_the_logs_tell_first_of_all_that_of_the_rank_which_died(tmp_path: Path) -> None:
     logs = {"rank_0": "RuntimeError: of rank 0\n", "rank_1": f"{GLOO}\nValueError: 3 is no frame\nbye\n"}
     found = left(tmp_path, 1, TORCHRUN.format(code=1), **logs)

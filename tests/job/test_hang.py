@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_hpc.config.cluster_schema import HangConfig
+from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.rank_reports import Heartbeat
-from cosmos_hpc.config.schema import HangConfig
+from cosmos_hpc.config.run_folder import RunFolder
+from cosmos_hpc.config.run_state import AttemptRecord, RunState
+from cosmos_hpc.job.attempt import Attempt
 from cosmos_hpc.job.hang import Vigil, innermost_frame
 
 LIMITS = HangConfig(first_limit_s=1000.0, least_limit_s=60.0, factor=5.0)
@@ -94,3 +98,16 @@ def test_the_main_threads_innermost_frame_is_read_from_a_real_dump() -> None:
 @pytest.mark.parametrize("text", ["", "Killed\n", "Current thread 0x00007f (most recent call first):\n"])
 def test_a_rank_that_prints_no_stack_is_said_to_be_stuck(text: str) -> None:
     assert innermost_frame(text) == "did not answer: stopped, or stuck in the kernel"
+
+
+@pytest.mark.parametrize(("mode", "limit_s"), [("none", 300.0), ("enroot", 1800.0), ("pyxis", 1800.0)])
+def test_a_start_in_a_container_is_given_the_time_that_unpacking_takes(
+    tmp_path: Path, mode: str, limit_s: float
+) -> None:
+    """What a node that had the image unpacked has taught tells nothing of the next node."""
+    run = resolve(load_experiment(None, [f"container.mode={mode}", "container.image=/shared/a.sqsh"]), {})
+    record = AttemptRecord(attempt=0, started=0.0, host="c1", job_id="1")
+    state = RunState(attempts=[record], longest_silence_s={"start": 10.0, "train": 1.0})
+    attempt = Attempt(RunFolder(tmp_path / "roads" / "000-1"), run, state, lambda: None)
+    assert attempt._vigil.limit_s == limit_s
+    assert state.longest_silence_s["train"] == 1.0

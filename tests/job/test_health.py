@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_hpc.config.cluster_schema import ClusterConfig
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import Ending
-from cosmos_hpc.config.schema import ClusterConfig, DataConfig, RunConfig, TrainerConfig
+from cosmos_hpc.config.schema import RunConfig, TrainerConfig
 from cosmos_hpc.job import health
 from cosmos_hpc.job.health import NodeReport, check_nodes, judge
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from cosmos_hpc.config.cluster_schema import RestartConfig
 from cosmos_hpc.config.run_state import AttemptRecord, Ending
-from cosmos_hpc.config.schema import RestartConfig
 from cosmos_hpc.job.policy import BAD_NODE, MENDS, Action, what_follows
 
 HEALTHY = [ending for ending in Ending if ending.is_fault and ending not in (Ending.USER_ERROR, Ending.NON_FINITE)]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from cosmos_hpc import cli_operation
+from cosmos_hpc.config.cluster_schema import ClusterConfig
 from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import ClusterConfig, RunConfig
+from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.explain import duration, explain, page
 
 LOG = """2026-01-01 rank 3@gpu2 INFO step 40

@@ -35,7 +35,7 @@ def check(*overrides: str) -> None:
 def test_partitions_of_several_kinds_of_nodes_are_their_largest(sinfo):
     assert partitions() == {
         "debug": Partition("debug", False, 30, 2, 64, 0),
-        "gpu": Partition("gpu", True, 2 * 24 * 60, 20, 128, 8),
+        "gpu": Partition("gpu", True, 2 * 24 * 60, 20, 128, 8, ("h100", "a100", "a100_1g")),
         "long": Partition("long", False, inf, 1, 8, 2),
     }
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from cosmos_hpc.config.cluster_schema import ClusterConfig
 from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import Ending, RunState
-from cosmos_hpc.config.schema import ClusterConfig, RunConfig
+from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.status import Straggler, cancel, run_status, stragglers
 from cosmos_hpc.tables import print_status

@@ -8,15 +8,10 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.loss_schema import LossConfig, PerceptualConfig
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from cosmos_hpc.config.schema import ModelConfig, OptimConfig, RunConfig, TrainerConfig
 from cosmos_hpc.report.scores import Evaluation, EvaluationSet
 from cosmos_hpc.tokenizer import starting_tokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos_hpc.config.schema import DataConfig, ModelConfig
+from cosmos_hpc.config.data_schema import DataConfig
+from cosmos_hpc.config.schema import ModelConfig
 from cosmos_hpc.data.loader import ValidationLoader, to_unit_range
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare

@@ -15,9 +15,10 @@ import pytest
 import torch
 from forked_ranks import start_ranks
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.loss_schema import LossConfig, PerceptualConfig
 from cosmos_hpc.config.run_folder import RunFolder
-from cosmos_hpc.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainerConfig
+from cosmos_hpc.config.schema import ModelConfig, OptimConfig, RunConfig, TrainerConfig
 from cosmos_hpc.data.loader import TrainLoader
 from cosmos_hpc.launch.status import stragglers
 from cosmos_hpc.ranks import Rank

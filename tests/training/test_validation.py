@@ -8,8 +8,9 @@ import pytest
 import torch
 from forked_ranks import start_ranks
 
+from cosmos_hpc.config.data_schema import DataConfig
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainerConfig
+from cosmos_hpc.config.schema import CheckpointConfig, ModelConfig, RunConfig, TrainerConfig
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.tokenizer import starting_tokenizer
 from cosmos_hpc.tokenizer.continuous import Autoencoded

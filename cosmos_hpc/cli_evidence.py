@@ -1,12 +1,12 @@
 """The commands that tell what training has brought: `evaluate` and `report`."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cosmos_hpc.cli_options import Json, print_json
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.names import runs_named, weights_or_runs_named
 
@@ -59,7 +59,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for tables and pictures; in the experiment's report/ if left out, else evaluation/."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare weights on unseen videos: means with intervals, slices, what became of the latents, the worst clips."""
     from cosmos_hpc.launch.follow import progress_bar
@@ -93,7 +93,7 @@ def evaluate(
     pictures = write_worst(found, chosen, task, worst, folder)
     if as_json:
         drawn = [{"video": each.name, "strip": str(each.strip), "mp4": str(each.video)} for each in pictures]
-        print(json.dumps({**summary(found), "folder": str(folder), "pictures": drawn}, indent=1))
+        print_json({**summary(found), "folder": str(folder), "pictures": drawn})
         return
     print_evaluation(found)
     if instruments.eye is None:

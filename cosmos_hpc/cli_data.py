@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cosmos_hpc.cli_options import Json, print_json
 from cosmos_hpc.config.errors import ConfigError
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def pack(
@@ -95,7 +94,7 @@ def pack(
             on_video=lambda _: progress.advance(task),
         )
     if as_json:
-        print(json.dumps(summary._asdict(), indent=1, default=str))
+        print_json(summary._asdict())
         return
     for video, reason in summary.refused:
         print(f"left out {video}: {reason}")
@@ -140,7 +139,7 @@ def prepare(
                 on_shard=on_shard,
             )
     if as_json:
-        print(json.dumps(counts, indent=1))
+        print_json(counts)
     else:
         done = "checked" if check else "prepared"
         print(f"{done} {root}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
