@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "megatron-core", "megatron-energon")
 """Whose versions a checkpoint tells."""
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a checkpoint of this code can't be read by the code before."""
 
 RANKS_FILE = "ranks.pt"

@@ -237,7 +237,7 @@ def test_checkpoints_are_whole_and_pruned(folder, config, groups):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 1}, "has checkpoint format 1, but this version reads 2: resume with the version that wrote it"),
+        ({"format": 1}, "has checkpoint format 1, but this version reads 3: resume with the version that wrote it"),
         ({"use_distributed_optimizer": True}, "was written with optim.use_distributed_optimizer=True"),
     ],
 )
@@ -265,8 +265,8 @@ def test_a_flipped_bit_is_not_taken_for_another_format(folder, config, groups):
         store.save(state, 0, None)
     layout = folder.checkpoint_layout(folder.checkpoint(2))
     text = layout.read_text()
-    assert '"format": 2' in text
-    layout.write_text(text.replace('"format": 2', '"format": 3'))  # one bit
+    assert '"format": 3' in text
+    layout.write_text(text.replace('"format": 3', '"format": 2'))  # one bit
     assert store.load_newest(state)["step"] == 1
     rewrite_layout(folder.checkpoint(1), {"format": 1})
     (folder.checkpoint(1) / DIGESTS).unlink()  # as a version without digests would leave it
