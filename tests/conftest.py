@@ -1,12 +1,15 @@
 """Real parts that many tests share: short films, a dataset indexed by Energon, quick settings for a run."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, each with several processes
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["WANDB_MODE"] = "disabled"  # seconds at each start; tests of tracking set another
 
 

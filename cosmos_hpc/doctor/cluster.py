@@ -115,8 +115,9 @@ def warning_time(case: Case) -> Iterator[Finding]:
     for run, needed in _leaves(case):
         limit_s, grace_s = 60 * run.cluster.time_limit_min, run.cluster.grace_s
         if grace_s + EARLY_S >= limit_s:
-            yield failed("warning time", f"cluster.grace_s is {grace_s}, and the warning may come {EARLY_S} s earlier, "
-                         f"but jobs last only {limit_s} s: set it lower, or cluster.time_limit_min higher")  # fmt: skip
+            told = failed if grace_s >= limit_s else warned  # such jobs may save as they start, and get on slowly
+            yield told("warning time", f"cluster.grace_s is {grace_s}, and the warning may come {EARLY_S} s earlier, "
+                       f"but jobs last only {limit_s} s: set it lower, or cluster.time_limit_min higher")  # fmt: skip
         elif needed.total_s is not None and needed.total_s > grace_s:
             yield failed("warning time", f"cluster.grace_s is {grace_s}, but {needed}: set "
                          f"cluster.grace_s={int(2 * needed.total_s) + 1}")  # fmt: skip

@@ -193,7 +193,7 @@ FAULTS = (
     Fault(
         "a warning before the start",
         "warning time",
-        "fail",
+        "warn",
         "jobs last only 300 s",
         ("cluster.time_limit_min=5", "cluster.grace_s=290"),
     ),
