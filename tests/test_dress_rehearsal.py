@@ -45,7 +45,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rehearsal")
     for film, (num_train, val_from) in FILMS.items():
         cut(film, num_train, val_from, root)
-    on_a = ["name=film_a", "data.path=bikes"]
+    on_a = ["name=film_a", "data.path=bikes", "trainer.max_steps=150"]  # there has to be something to forget
     python(root, "cosmos_hpc.train", *SETTINGS, *on_a)
     [start] = root.glob("runs/film_a/000-*")
     on_b = ["name=film_b", "data.path=bigbuckbunny", "data.general_path=bikes", f"model.jit_ckpt_pth={start}"]
