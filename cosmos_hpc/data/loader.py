@@ -354,7 +354,7 @@ def _told_in_one_line(path: str) -> Iterator[None]:
     """What an object store answers is the user's: no such bucket, profile or key."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # each store and its client have errors of their own
         if not is_remote(path):
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,6 +1,7 @@
 """What runs take of memory, disk and time: as last measured with the same settings, else estimated from few figures.
 
-The figures are of one H100 at 33 x 256 x 256, bfloat16, CV8x8x8 with VGG16 (benchmarks/README.md).
+Measured were one H100 at 33 x 256 x 256, bfloat16, CV8x8x8 with VGG16 (benchmarks/README.md); what is said to be
+assumed was not.
 """
 
 import math
@@ -23,13 +24,14 @@ CONTEXT_BYTES = 1.35e9
 """CUDA, NCCL, VGG16 and work space: what is left of 6.1 GB at one clip, after a clip and the states below."""
 
 CLIP_BYTES = 2.63e9
-"""Of each further clip in a micro batch: 14 GB at four, 6.1 at one."""
+"""Of each further clip in a micro batch. 14 GB at four are assumed, between what was measured compiled (11.1) and eager
+(15.7), both without CUDA graphs."""
 
 KEPT = 0.6
 """Share of that with trainer.activation_checkpointing; a guess on the safe side."""
 
 CLIPS_PER_S = {"h200": 30.0, "h100": 30.0, "b200": 30.0, "a100": 12.0}
-"""Of one GPU in training; others count as a tenth of an H100."""
+"""Of one GPU in training: near what an H100 was measured at, assumed for the others; any other counts as a tenth."""
 
 SAVE_BYTES_PER_S = 4e8
 """Of a checkpoint to a disk, with its digests: 1.6 GB took 3.7 s."""

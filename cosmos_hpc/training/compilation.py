@@ -45,6 +45,7 @@ class Compilation:
     """For provenance.json and `status`: `compiled`, or `eager`, with figures or the reason."""
 
     is_on: bool = False
+    """Whether it is compiled."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -147,15 +148,13 @@ def compile_and_compare(
     test, store = _Test(subject, config, groups, step), _Artifacts(folder, groups.device, config)
     spread = test.spread()
     compile_in_regions(subject, backend=backend, with_graphs=on_gpu)
-    own = _Finding(None, "")
-    if groups.rank.is_first:
-        store.load()
-        own = test.compare(spread)
-        store.save()
-    groups.barrier()
     if not groups.rank.is_first:
-        store.load()
-        own = test.compare(spread)
+        groups.barrier()  # until the first rank has left what the others load
+    store.load()
+    own = test.compare(spread)
+    if groups.rank.is_first:
+        store.save()
+        groups.barrier()
     findings = groups.gather(own)
     test.forget()
     faults = [f"rank {rank}: {finding.fault}" for rank, finding in enumerate(findings) if finding.fault]
@@ -261,7 +260,7 @@ class _Artifacts:
             torch.compiler.load_cache_artifacts(self._file.read_bytes())
         except FileNotFoundError:
             pass
-        except Exception as error:
+        except Exception as error:  # a torn file fails in as many ways as it has bytes
             logger.warning("%s can't be used, so this start compiles anew: %s", self._file, error)
 
     def save(self) -> None:

@@ -1,6 +1,5 @@
 """Shapes of clips change from step to step, alike on all ranks, and whatever a run has gone through."""
 
-import pickle
 from collections import Counter
 from functools import partial
 from io import BytesIO
@@ -11,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from batches import equal, take
+from batches import equal, in_pieces, take
 from small_videos import NUM_TRAIN, pictures, start_of, video_of
 from test_position import PHASES, by_stream, run_ranks
 
@@ -65,16 +64,7 @@ def test_interrupted_run_of_changing_shapes_gives_the_clips_of_an_unbroken_one(
         clips_per_decode=clips_per_decode, clip_buffer_size=7, flip=0.5,
     )  # fmt: skip
     unbroken = take(train_loader(config), 28)
-    pieces: list[torch.Tensor] = []
-    state = None
-    for count in (2, 4, 8, 2, 12):  # whole steps, as checkpoints are
-        loader = train_loader(config)
-        if state is not None:
-            loader.restore([pickle.loads(state)])
-        pieces += take(loader, count)
-        state = pickle.dumps(loader.state())
-        loader.close()
-    assert equal(pieces, unbroken)
+    assert equal(in_pieces(lambda: train_loader(config), (2, 4, 8, 2, 12)), unbroken)  # whole steps, as checkpoints are
 
 
 def test_changing_ranks_consume_the_same_samples_whatever_the_shapes(data_config, train_loader, tmp_path):
@@ -161,16 +151,7 @@ def test_images_are_the_clips_of_one_frame_each_once_a_pass(data_config, train_l
         assert all(set(greys(stills[n : n + 8])) == set(range(8)) for n in range(0, len(stills) - 7, 8))
     assert set(greys(stills)) == set(range(8))
     assert all(video_of(clip) < NUM_TRAIN for batch in unbroken for clip in batch if batch.shape[2] > 1)
-    pieces: list[torch.Tensor] = []
-    state = None
-    for count in (7, 3, 1, 29):
-        loader = train_loader(config)
-        if state is not None:
-            loader.restore([pickle.loads(state)])
-        pieces += take(loader, count)
-        state = pickle.dumps(loader.state())
-        loader.close()
-    assert equal(pieces, unbroken)
+    assert equal(in_pieces(lambda: train_loader(config), (7, 3, 1, 29)), unbroken)
 
 
 def test_position_among_other_images_is_refused(data_config, train_loader, images):

@@ -85,7 +85,7 @@ def released(*overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(("clips", "gb"), [(1, 6.1), (4, 14.0)])
-def test_memory_at_the_measured_sizes_is_what_was_measured(clips, gb):
+def test_memory_is_what_was_measured_at_one_clip_and_is_assumed_at_four(clips, gb):
     assert memory_gb(released(f"data.micro_batch_size={clips}")) == pytest.approx(gb, rel=0.05)
 
 
@@ -124,12 +124,12 @@ RANKS = [RankReport(rank, f"n{1 + rank // 2}", PACKAGES, 2, "NVIDIA H100", "nccl
 def told(job: JobReport = JOB, ranks: list[RankReport] = RANKS, **of_ranks: object) -> dict[str, Finding]:
     """The findings that are no pass, of two nodes with two GPUs each."""
     run = released("trainer.num_nodes=2", "trainer.devices=2", "cluster.executor=slurm")
-    ranks = [dataclasses.replace(rank, **of_ranks) for rank in ranks]  # type: ignore[arg-type]
+    ranks = [dataclasses.replace(rank, **of_ranks) for rank in ranks]  # type: ignore[arg-type]  # fields by name
     return {finding.check: finding for finding in findings(run, job, ranks, 60) if finding.verdict != "pass"}
 
 
 def changed(**fields: object) -> JobReport:
-    return dataclasses.replace(JOB, **fields)  # type: ignore[arg-type]
+    return dataclasses.replace(JOB, **fields)  # type: ignore[arg-type]  # fields by name
 
 
 def test_a_probe_in_which_all_was_well_has_nothing_to_say():

@@ -48,7 +48,7 @@ def trained(groups, tmp_path, trainable: str, kind: str) -> set[str]:
         state = TrainState(module, ddp, Optimizer(ddp, config.optim, groups), average, NoLoader())
         store = CheckpointStore(RunFolder(tmp_path), config, groups)
         store.load_newest(state)
-        run = Run(config, groups, store, Losses(config.loss), *[None] * 5)  # type: ignore[arg-type]
+        run = Run(config, groups, store, Losses(config.loss), *[None] * 5)  # type: ignore[arg-type]  # a step needs no more
         return state, run, store
 
     def step(state, run) -> None:
@@ -81,9 +81,9 @@ def test_only_the_named_half_moves_and_its_average_follows_also_after_a_resume(
     parameters = {name for name, _ in starting_tokenizer(ModelConfig(model=kind, channels=4), 0).named_parameters()}
     named = {name for name in parameters if name.startswith(heads)}
     assert moved <= named
-    assert all(
-        "attn_1.1" in name for name in named - moved
-    )  # queries and keys, where there is a single cell to look at
+    # Queries and keys of a single cell have no gradient; nor has a key's bias, which adds the same to all logits: whether
+    # rounding moves it differs from run to run.
+    assert not [name for name in named - moved if "attn_1.1" not in name and not name.endswith(".k.conv3d.bias")]
 
 
 def test_patterns_choose_by_name(groups, tmp_path):
