@@ -106,7 +106,10 @@ def _one_line(schema: type, settings: Mapping[str, Any], source: str) -> Iterato
         key = getattr(error, "full_key", None) or _tuple_of_wrong_length(settings, schema) or "a setting"
         takes = next((item.type for name, item in known_settings(schema) if key.split("[")[0] == name), None)
         expected = f": it takes {getattr(takes, '__name__', takes)}" if takes is not None else ""
-        raise ConfigError(f"{source}: {key}: {first_line(error)}{expected}") from None
+        reason = first_line(error)
+        if reason.endswith("is not Optional"):
+            reason = "there is no value: write NAME: VALUE, with a space between"
+        raise ConfigError(f"{source}: {key}: {reason}{expected}") from None
 
 
 def _tuple_of_wrong_length(settings: Mapping[str, Any], schema: type) -> str | None:

@@ -88,6 +88,8 @@ def test_unknown_key_in_a_file_names_the_file_and_the_nearest_known_one(job):
         ("cluster=nowhere", "there is no such file: see slurm/*.yaml"),
         ("name=../up", "names a folder"),
         ("optim.lr", "write group.name=value"),
+        ("data.shapes={9x32x32:1}", "there is no value: write NAME: VALUE, with a space between"),
+        ("data.shapes={9x30x32: 1}", "data.shapes: 9x30x32, height, is 30, but"),
     ],
 )
 def test_impossible_value_is_refused_with_the_mend(job, override, words):
