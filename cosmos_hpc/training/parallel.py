@@ -1,8 +1,6 @@
 """Process groups and data parallelism by Megatron-Core, and the one stand-in that lets its CUDA lines run on a CPU."""
 
 import contextlib
-import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,11 +54,10 @@ class Groups:
             )
         if on_gpu:
             torch.cuda.set_device(device)
-        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        port = os.environ.get("MASTER_PORT") or str(free_port())
+        alone = dist.TCPStore("127.0.0.1", 0, is_master=True) if rank.world_size == 1 else None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            init_method=f"tcp://{address}:{port}",
+            store=alone,  # others meet at MASTER_ADDR and MASTER_PORT
             rank=rank.rank,
             world_size=rank.world_size,
             timeout=timedelta(minutes=30),
@@ -144,13 +141,6 @@ class Groups:
         return ConstantNumMicroBatchesCalculator(
             data.global_batch_size, data.micro_batch_size, self.rank.world_size, False, self.rank.rank
         ).get()
-
-
-def free_port() -> int:
-    """A TCP port that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _no_transformer() -> TransformerConfig:

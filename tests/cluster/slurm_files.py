@@ -1,8 +1,9 @@
 """The configuration files of the tests' SLURM cluster."""
 
+import contextlib
+import random
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,9 +150,13 @@ def write_all(folder: Path, database: Path, nodes: Sequence[str], ports: Sequenc
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on at this moment."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Different ports on which nobody listens, of those that Linux gives to nobody who asks for any free one.
+
+    A node that is switched on again finds its own as it left it.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("", port))
+            found.append(port)
+    return found[:count]

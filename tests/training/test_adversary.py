@@ -1,7 +1,6 @@
 """A tokenizer and its discriminator, by the real step on gloo ranks, against a plain torch loop in one process."""
 
 import functools
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.tokenizer import Losses, starting_tokenizer
 from cosmos_hpc.tokenizer.losses.discriminator import PatchDiscriminator, hinge
-from cosmos_hpc.training.parallel import free_port
 
 STEPS, START = 5, 1
 """The discriminator joins at its start step."""
@@ -112,26 +110,25 @@ def build(config, groups, folder: Path):
     return state, SimpleNamespace(config=config, groups=groups, losses=losses), store
 
 
-def train_on_rank(index: int, world_size: int, micro: int, last: int, overrides: list[str], port: int, folder: Path):
+def train_on_rank(rank: Rank, micro: int, last: int, overrides: list[str], folder: Path) -> None:
     from cosmos_hpc.training import parallel
     from cosmos_hpc.training.loop import train_step
     from cosmos_hpc.training.queued_steps import StepQueue
 
     parallel.BUCKET_SIZE = 2000  # several buckets also in small networks
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    groups = parallel.Groups.start(Rank(index, index, world_size))
+    groups = parallel.Groups.start(rank)
     config = resolve(load_experiment(None, [*SETTINGS, *overrides, f"data.micro_batch_size={micro}"]), {})
     state, run, store = build(config, groups, folder)
     queue, found = StepQueue(), []
     while state.step < last:
-        own = global_batch(state.step).chunk(world_size)[index]
+        own = global_batch(state.step).chunk(rank.world_size)[rank.rank]
         queue.append(train_step(state, iter(own.split(micro)), run))
         for metrics in queue.arrived(everything=True):
             state.learn(metrics)
             found += [] if metrics.discriminator is None else [metrics.discriminator]
     store.save(state, 0, None)
-    if index == 0:
+    if rank.is_first:
         weights = [each.state_dict() for each in (state.module, state.adversary.module)]
         torch.save({"weights": weights, "losses": found}, folder / f"at_{last}.pt")
     groups.stop()
@@ -148,7 +145,7 @@ def train_on_rank(index: int, world_size: int, micro: int, last: int, overrides:
 def test_ranks_micro_batches_and_resumes_give_the_weights_of_a_plain_torch_loop(tmp_path, parts, overrides):
     losses: list[float] = []
     for world_size, micro, last in parts:
-        start_ranks(train_on_rank, (world_size, micro, last, overrides, free_port(), tmp_path), world_size)
+        start_ranks(train_on_rank, world_size, micro, last, overrides, tmp_path)
         trained = torch.load(tmp_path / f"at_{last}.pt", weights_only=True)
         losses += trained["losses"]
     *expected, plain_losses = plain_torch()

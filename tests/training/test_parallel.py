@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from cosmos_hpc.training import parallel
 from cosmos_hpc.training.checkpoint import CheckpointStore
 from cosmos_hpc.training.loop import TrainState, train_step
 from cosmos_hpc.training.optimizer import Optimizer
-from cosmos_hpc.training.parallel import Groups, free_port
+from cosmos_hpc.training.parallel import Groups
 from cosmos_hpc.training.queued_steps import StepQueue
 
 MODEL = ModelConfig(channels=4)
@@ -73,13 +72,12 @@ class GivenClips:
             self._step += 1
 
 
-def start_rank(index: int, config: RunConfig, port: int, loader: Any = None) -> tuple[TrainState, SimpleNamespace]:
+def start_rank(rank: Rank, config: RunConfig, loader: Any = None) -> tuple[TrainState, SimpleNamespace]:
     """What `train_step` works with, on one of the ranks of a test."""
     parallel.BUCKET_SIZE = 2000  # several buckets also in a small network
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    groups = Groups.start(Rank(index, index, config.trainer.world_size))
-    module = starting_tokenizer(MODEL, seed=index)  # rank 0's weights count
+    groups = Groups.start(rank)
+    module = starting_tokenizer(MODEL, seed=rank.rank)  # rank 0's weights count
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     assert len(ddp.buffers[0].buckets) > 3
     loader = loader or GivenClips(config.data, groups.rank)
@@ -105,12 +103,12 @@ def take_steps(state: TrainState, run: SimpleNamespace, batches: Iterator[torch.
         yield metrics
 
 
-def train_on_rank(index: int, config: RunConfig, port: int, out: Path) -> None:
-    state, run = start_rank(index, config, port)
+def train_on_rank(rank: Rank, config: RunConfig, out: Path) -> None:
+    state, run = start_rank(rank, config)
     norms = [metrics.grad_norm for metrics in take_steps(state, run, iter(state.loader), STEPS)]
-    assert run.groups.gather(index) == list(range(config.trainer.world_size))
-    assert run.groups.from_first(index) == 0
-    if index == 0:
+    assert run.groups.gather(rank.rank) == list(range(rank.world_size))
+    assert run.groups.from_first(rank.rank) == 0
+    if rank.is_first:
         trained = {"weights": copy.deepcopy(state.module.state_dict()), "norms": norms, "lr": state.optimizer.lr}
         torch.save(trained, out)
     run.groups.stop()
@@ -121,7 +119,7 @@ def train_on_rank(index: int, config: RunConfig, port: int, out: Path) -> None:
 def test_megatron_core_on_gloo_ranks_equals_a_plain_torch_loop(tmp_path, world_size, num_microbatches, distributed):
     out = tmp_path / "rank_0.pt"
     config = run_config(world_size, num_microbatches, distributed)
-    start_ranks(train_on_rank, (config, free_port(), out), world_size)
+    start_ranks(train_on_rank, world_size, config, out)
     trained = torch.load(out, weights_only=True)
     expected, norms = plain_torch()
     assert trained["norms"] == pytest.approx(norms, rel=1e-4)
@@ -147,10 +145,9 @@ def test_outside_the_scope_nothing_of_torch_is_changed():
     assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
-def go_on_with_ranks(index: int, steps: range, config: RunConfig, port: int, folder: Path) -> None:
-    world_size = config.trainer.world_size
-    loader = TrainLoader(config.data, seed=0, rank=index, world_size=world_size)
-    state, run = start_rank(index, config, port, loader)
+def go_on_with_ranks(rank: Rank, steps: range, config: RunConfig, folder: Path) -> None:
+    loader = TrainLoader(config.data, seed=0, rank=rank.rank, world_size=rank.world_size)
+    state, run = start_rank(rank, config, loader)
     store = CheckpointStore(RunFolder(folder), config, run.groups)
     assert (store.load_newest(state) is None) == (steps.start == 0)
     assert state.step == steps.start
@@ -164,15 +161,15 @@ def test_a_run_goes_on_exactly_with_more_and_with_fewer_ranks(tmp_path, dataset,
     data = {"path": str(dataset), "num_frames": 9, "crop_size": 16, "num_streams": 4}
     for world_size, steps in ((2, range(2)), (4, range(2, 3)), (1, range(3, STEPS))):
         config = run_config(world_size, distributed=distributed, **data)
-        start_ranks(go_on_with_ranks, (steps, config, free_port(), tmp_path), world_size)
+        start_ranks(go_on_with_ranks, world_size, steps, config, tmp_path)
     trained = load_tokenizer(RunFolder(tmp_path).checkpoint(STEPS)).state_dict()
     for name, weight in plain_torch()[0].state_dict().items():
         torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-6)
 
 
-def wait_for_a_slow_rank(index: int, config: RunConfig, port: int, out: Path) -> None:
-    state, run = start_rank(index, config, port)
-    if index == 1:
+def wait_for_a_slow_rank(rank: Rank, config: RunConfig, out: Path) -> None:
+    state, run = start_rank(rank, config)
+    if not rank.is_first:
         state.module.register_forward_pre_hook(lambda *_: time.sleep(1.0))
     queue, batches = StepQueue(), iter(state.loader)
     for _ in range(2):
@@ -180,12 +177,12 @@ def wait_for_a_slow_rank(index: int, config: RunConfig, port: int, out: Path) ->
         state.optimizer.learn(False)
         list(queue.arrived(everything=True))
     busy_s = run.groups.gather(queue.busy_s)
-    if index == 0:
+    if rank.is_first:
         out.write_text(json.dumps(busy_s))
     run.groups.stop()
 
 
 def test_the_rank_that_the_others_wait_for_is_the_straggler(tmp_path):
-    start_ranks(wait_for_a_slow_rank, (run_config(2), free_port(), tmp_path / "busy_s"), 2)
+    start_ranks(wait_for_a_slow_rank, 2, run_config(2), tmp_path / "busy_s")
     (found,) = stragglers(json.loads((tmp_path / "busy_s").read_text()))
     assert found.rank == 1

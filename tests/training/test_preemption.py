@@ -8,7 +8,6 @@ from forked_ranks import start_ranks
 
 from cosmos_hpc.ranks import Rank
 from cosmos_hpc.training import preemption
-from cosmos_hpc.training.parallel import free_port
 from cosmos_hpc.training.preemption import OUTCOMES, Outcome, StopRequest
 
 
@@ -67,12 +66,11 @@ def test_a_file_asks_to_start_again_and_any_signal_is_stronger(stop, tmp_path, m
     assert OUTCOMES[stop.code] is Outcome.TIME_LIMIT
 
 
-def exchange_on_rank(index: int, port: int, out: Path) -> None:
+def exchange_on_rank(rank: Rank, out: Path) -> None:
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.parallel import Groups
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    groups, stop = Groups.start(Rank(index, index, 2)), StopRequest()
+    index, groups, stop = rank.rank, Groups.start(rank), StopRequest()
     stop.install()
     agreement, heard = Agreement(groups, stop), []
     for step in range(3):
@@ -90,7 +88,7 @@ def exchange_on_rank(index: int, port: int, out: Path) -> None:
 
 
 def test_ranks_leave_together_one_step_after_one_of_them_was_told(tmp_path):
-    start_ranks(exchange_on_rank, (free_port(), tmp_path), 2)
+    start_ranks(exchange_on_rank, 2, tmp_path)
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
     assert first == second
     assert first == [

@@ -1,6 +1,5 @@
 """What a validation measures: of the weights and of their average, each clip once."""
 
-import os
 import time
 from pathlib import Path
 
@@ -159,26 +158,23 @@ def test_the_guides_step_field_takes_the_place_of_the_clock(groups, monkeypatch)
     assert (TrainerConfig().val_every_n_minutes, TrainerConfig().val_check_interval) == (5.0, None)
 
 
-def validate_on_rank(index: int, world_size: int, port: int, dataset: Path, out: Path) -> None:
+def validate_on_rank(rank: Rank, dataset: Path, out: Path) -> None:
     from cosmos_hpc.data.loader import ValidationLoader
     from cosmos_hpc.training.parallel import Groups
     from cosmos_hpc.training.validation import Validation
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    groups = Groups.start(Rank(index, index, world_size))
+    groups = Groups.start(rank)
     data = DataConfig(path=str(dataset), num_frames=9, crop_size=32, micro_batch_size=3)
-    loader = ValidationLoader(data, rank=index, world_size=world_size)
+    loader = ValidationLoader(data, rank=rank.rank, world_size=rank.world_size)
     network = starting_tokenizer(ModelConfig(channels=4), 0)
     scores = Validation({"val": loader}, TrainerConfig(precision="32"), groups).run(network, lambda: None)
-    torch.save([sum(len(batch) for batch in loader), scores.written()], out / f"{world_size}_{index}.pt")
+    torch.save([sum(len(batch) for batch in loader), scores.written()], out / f"{rank.world_size}_{rank.rank}.pt")
     groups.stop()
 
 
 def test_ranks_with_uneven_shares_and_batches_measure_what_one_rank_does(tmp_path, dataset):
-    from cosmos_hpc.training.parallel import free_port
-
     for world_size in (1, 3):  # four clips in batches of up to three: 3 + 1 on one rank, two ranks have one clip
-        start_ranks(validate_on_rank, (world_size, free_port(), dataset, tmp_path), world_size)
+        start_ranks(validate_on_rank, world_size, dataset, tmp_path)
     (alone,) = (torch.load(tmp_path / "1_0.pt"),)
     shares = [torch.load(tmp_path / f"3_{index}.pt") for index in range(3)]
     assert (alone[0], sorted(count for count, _ in shares)) == (4, [1, 1, 2])
