@@ -65,7 +65,7 @@ def _estimated_ratio(run: RunConfig) -> float:
     forward = 1 / 2 if run.loss.looks_through_vgg(trainer.max_steps) else 1 / 3
     networks = 2 if run.optim.ema_decay else 1
     datasets = 1 if data.general_path is None else 2
-    clips = trainer.limit_val_batches * data.micro_batch_size * datasets * networks
+    clips = trainer.limit_val_batches * data.micro_batch * datasets * networks
     return forward * clips / (data.global_batch_size / trainer.world_size)
 
 

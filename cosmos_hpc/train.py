@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_hpc.config.errors import ConfigError
-from cosmos_hpc.config.load import load_experiment, read_run_config, resolve
+from cosmos_hpc.config.load import load_experiment, read_run_config, resolve, to_yaml
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder, write_atomically
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.launch.local import is_locked
@@ -118,7 +118,7 @@ def _run_rank(arguments: argparse.Namespace, rank: Rank, stop: StopRequest, befo
     else:
         attempt = groups.from_first(_lay_out_attempt(own_config) if rank.is_first else None)
     before(attempt, groups)
-    _run_attempt(attempt, groups, stop)
+    _run_attempt(_with_micro_batch(attempt, groups), groups, stop)
     groups.stop()
 
 
@@ -141,6 +141,16 @@ def _lay_out_attempt(config: RunConfig) -> Attempt:
     if is_locked(folder.supervisor_lock):
         raise ConfigError(f"{folder.label} is being trained by a supervisor: `cosmos-hpc cancel {folder.label}` first")
     return Attempt(folder, lay_out(config, folder), folder.next_attempt())
+
+
+def _with_micro_batch(attempt: Attempt, groups: "Groups") -> Attempt:
+    """With a number where the settings leave it to a measurement; config.yaml holds it from then on."""
+    from cosmos_hpc.training.micro_batch import with_micro_batch
+
+    config = with_micro_batch(attempt.config, groups)
+    if config != attempt.config and groups.rank.is_first:
+        write_atomically(attempt.folder.config, to_yaml(config))
+    return dataclasses.replace(attempt, config=config)
 
 
 def _run_attempt(attempt: Attempt, groups: "Groups", stop: StopRequest) -> None:
@@ -176,9 +186,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     import torch
 
     from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
-    from cosmos_hpc.tokenizer import Losses, starting_tokenizer
-    from cosmos_hpc.tokenizer.layers import recompute_blocks
-    from cosmos_hpc.tokenizer.trainable import freeze_all_but
+    from cosmos_hpc.tokenizer import Losses, tokenizer_in_training
     from cosmos_hpc.training.adversary import Adversary
     from cosmos_hpc.training.agreement import Agreement
     from cosmos_hpc.training.checkpoint import CheckpointStore
@@ -193,10 +201,7 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
     config, rank = attempt.config, groups.rank
     telemetry = Telemetry(attempt.folder, config, rank, attempt.number)
     torch.manual_seed(config.trainer.seed + rank.rank)  # what a VAE samples; a resume brings its own state back
-    module = starting_tokenizer(config.model, config.trainer.seed)
-    freeze_all_but(module, config.model.trainable_patterns)
-    if config.trainer.activation_checkpointing:
-        recompute_blocks(module)
+    module = tokenizer_in_training(config)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     falls = config.optim.lr_schedule != "constant"
     optimizer = Optimizer(ddp, config.optim, groups, decay_steps=config.lr_decay_steps if falls else None)

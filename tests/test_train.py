@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from cosmos_hpc.config.load import read_run_config
 from cosmos_hpc.config.run_folder import ExperimentFolder
 from cosmos_hpc.config.schema import ModelConfig
 from cosmos_hpc.tokenizer import starting_tokenizer
@@ -51,6 +52,7 @@ def test_the_guides_line_trains_from_given_weights_and_goes_on_after_ctrl_c(tmp_
         "model.model=Cosmos-1.0-Tokenizer-CV8x8x8",
         "trainer.max_steps=24",
         *SMALL,
+        "data.micro_batch_size=auto",
     ]
     first = torchrun(tmp_path, *line)
     experiment = ExperimentFolder(tmp_path / "runs" / "train")
@@ -67,11 +69,15 @@ def test_the_guides_line_trains_from_given_weights_and_goes_on_after_ctrl_c(tmp_
     assert f"interrupted: step {int(saved.name[5:])} is saved" in said
     assert "the same command goes on from there" in said
     assert saved < run.checkpoint(24)
+    chosen = read_run_config(run.config).data.micro_batch_size
+    assert f"data.micro_batch_size is {chosen} from here on" in said
 
     second = torchrun(tmp_path, *line)
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
     assert f"resumed from {saved}" in said
+    assert "micro_batch_size" not in said, "it was measured before"
+    assert read_run_config(run.config).data.micro_batch_size == chosen
     assert experiment.runs() == [run]
     starts = json.loads(run.provenance.read_text())
     assert [start["compilation"] for start in starts] == ["eager: there is no GPU"] * 2

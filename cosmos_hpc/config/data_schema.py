@@ -36,8 +36,8 @@ class DataConfig:
     masks: bool = False
     """Weigh L1, VGG16's and Gram's terms by KEY.mask.png or KEY.mask.mp4 of a sample: white counts, black does not."""
 
-    micro_batch_size: int = neutral(1)
-    """Clips per rank in one forward."""
+    micro_batch_size: int | str = neutral(1)
+    """Clips per rank in one forward; `auto`: the number that is measured to be the fastest, at the first start."""
 
     global_batch_size: int = 8
     """Clips per step over all ranks; a multiple of micro_batch_size x ranks."""
@@ -82,7 +82,12 @@ class DataConfig:
     """Share of a rank's videos, and at least ten, that have to be unusable for the run to stop; 1: no limit."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("num_frames", "crop_size", "micro_batch_size", "global_batch_size", "shuffle_buffer_size")
+        micro = self.micro_batch_size
+        require(
+            micro == "auto" or (isinstance(micro, int) and micro >= 1),
+            f"data.micro_batch_size is {micro}: set a number of clips, at least 1, or auto",
+        )
+        at_least_one = ("num_frames", "crop_size", "global_batch_size", "shuffle_buffer_size")
         for name in (*at_least_one, "frame_stride", "clips_per_decode", "clip_buffer_size"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name} is {value}, but must be at least 1")
@@ -109,6 +114,11 @@ class DataConfig:
             0 <= self.max_bad_share <= 1,
             f"data.max_bad_share is {self.max_bad_share}: set a share from 0 to 1",
         )
+
+    @property
+    def micro_batch(self) -> int:
+        """Clips per rank in one forward; 1 as long as that is still to be measured."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
 
     @property
     def clip_shapes(self) -> dict[tuple[int, int, int], float]:

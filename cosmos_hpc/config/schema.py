@@ -5,6 +5,7 @@ Fields whose metadata says `identity: False` don't change the result and so don'
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -373,6 +374,15 @@ class RunConfig:
         return self.data.num_workers * self.trainer.world_size if chosen is None else chosen
 
     @property
+    def fitting_micro_batches(self) -> list[int]:
+        """Values of `data.micro_batch_size` that share a step evenly, on any number of nodes that the run may have."""
+        trainer, total = self.trainer, self.data.global_batch_size
+        nodes = range(trainer.num_nodes if trainer.min_nodes is None else trainer.min_nodes, trainer.num_nodes + 1)
+        ranks = [number * trainer.devices for number in nodes]
+        share = math.gcd(*(total // number for number in ranks if total % number == 0))
+        return [size for size in range(1, share + 1) if share % size == 0]
+
+    @property
     def gpus_per_node(self) -> int:
         """GPUs that a job asks for on each node."""
         asked = self.cluster.gpus_per_node
@@ -405,7 +415,7 @@ class RunConfig:
         )
 
     def _check_batch(self) -> None:
-        micro, ranks, total = self.data.micro_batch_size, self.trainer.world_size, self.data.global_batch_size
+        micro, ranks, total = self.data.micro_batch, self.trainer.world_size, self.data.global_batch_size
         require(
             total % (micro * ranks) == 0,
             f"data.global_batch_size is {total}, but must be a multiple of data.micro_batch_size x ranks "

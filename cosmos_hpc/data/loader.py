@@ -155,7 +155,7 @@ class TrainLoader:
         self._shapes = StepShapes(
             *_kinds(data),
             seed=seed,
-            batches_per_step=max(1, data.global_batch_size // (data.micro_batch_size * world_size)),
+            batches_per_step=max(1, data.global_batch_size // (data.micro_batch * world_size)),
             num_streams=max(1, num_workers),
         )
         images, image_encoder = None, RawTaskEncoder(self._skipped)
@@ -299,7 +299,7 @@ class ValidationLoader:
                 energon_path(path),
                 split_part="val",
                 worker_config=self._worker_config,
-                batch_size=self._data.micro_batch_size,
+                batch_size=self._data.micro_batch,
                 limit=self._limit_batches,
                 task_encoder=task_encoder,
             )
@@ -341,7 +341,7 @@ def _samples(data: DataConfig, path: str, worker_config: WorkerConfig, task_enco
         return get_train_dataset(
             energon_path(path),
             worker_config=worker_config,
-            batch_size=data.micro_batch_size,
+            batch_size=data.micro_batch,
             batch_drop_last=True,
             shuffle_buffer_size=data.shuffle_buffer_size,
             max_samples_per_sequence=None,

@@ -98,9 +98,7 @@ def memory_gb(run: RunConfig) -> float:
     ranks = run.trainer.world_size if run.optim.use_distributed_optimizer else 1
     states = num_parameters(run.model) * (8 + 8 / ranks + 4 * (run.optim.ema_decay > 0))
     width, bits = run.model.channels / RELEASED_WIDTH, 1 if run.trainer.precision == "bf16" else 2
-    clips = (
-        run.data.micro_batch_size * largest_clip(run) / VOXELS * (KEPT if run.trainer.activation_checkpointing else 1)
-    )
+    clips = run.data.micro_batch * largest_clip(run) / VOXELS * (KEPT if run.trainer.activation_checkpointing else 1)
     return (CONTEXT_BYTES + states + CLIP_BYTES * clips * max(width, 0.3) * bits) / 1e9
 
 

@@ -89,7 +89,7 @@ def probe_run(case: Case) -> RunConfig:
         trainer=trainer,
         data=dataclasses.replace(
             data,
-            global_batch_size=data.micro_batch_size * ranks,
+            global_batch_size=data.micro_batch * ranks,
             num_streams=None,
             general_path=None,
             num_workers=min(data.num_workers, _samples(data.path) // ranks),

@@ -1,5 +1,6 @@
 """How long runs will take and what they will cost, by what was last measured with the same settings."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -82,7 +83,7 @@ def measured_stop(run: RunConfig, root: Path) -> Stop | None:
     """
     wanted = _speed_key(run)
     for folder, config in _newest_runs(root):
-        steps = noted(folder, "step_time_s", without_first=True) if _speed_key(config) == wanted else []
+        steps = noted(folder, "step_time_s", without_first=True) if wanted in _speed_keys(config) else []
         if len(steps) >= FEWEST_STEPS:
             state = RunState.read(folder.state)
             return Stop(max(steps), state.longest_silence_s.get("save") if state else None, folder.label)
@@ -109,8 +110,9 @@ def _measured(
     speeds: dict[str, tuple[float, str]] = {}
     sizes: dict[str, int] = {}
     for folder, config in _newest_runs(root):
-        if (key := _speed_key(config)) in speed_keys - speeds.keys() and (clips_per_s := _clips_per_s(folder)):
-            speeds[key] = clips_per_s, folder.label
+        wanted = _speed_keys(config) & (speed_keys - speeds.keys())
+        if wanted and (clips_per_s := _clips_per_s(folder)):
+            speeds |= dict.fromkeys(wanted, (clips_per_s, folder.label))
         if (key := _size_key(config)) in size_keys - sizes.keys() and (newest := folder.newest_checkpoint()):
             sizes[key] = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
         if speeds.keys() == speed_keys and sizes.keys() == size_keys:
@@ -165,6 +167,12 @@ def _speed_key(run: RunConfig) -> str:
         trainer.devices, trainer.precision, terms, run.optim.use_distributed_optimizer,
         cluster.executor, cluster.partition, cluster.constraint,
     ])  # fmt: skip
+
+
+def _speed_keys(trained: RunConfig) -> set[str]:
+    """Keys of the runs that will be as fast as one that has trained: also of those that choose their micro batch."""
+    chosen = dataclasses.replace(trained, data=dataclasses.replace(trained.data, micro_batch_size="auto"))
+    return {_speed_key(trained), _speed_key(chosen)}
 
 
 def _size_key(run: RunConfig) -> str:

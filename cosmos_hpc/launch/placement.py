@@ -70,7 +70,8 @@ def slurm_job(folder: RunFolder, state: RunState | None) -> str | None:
 def lay_out(run: RunConfig, folder: RunFolder, start: dict[str, Any] | None = None) -> RunConfig:
     """Make the run folder with its settings and provenance, or bring an existing one up to date.
 
-    The number of sample streams is fixed by the first start that saved something, so that a resume is the same run.
+    The number of sample streams, and that of the clips in a micro batch where it is measured, are fixed by the first
+    start that saved something, so that a resume is the same run.
 
     Args:
         run: its settings.
@@ -83,12 +84,15 @@ def lay_out(run: RunConfig, folder: RunFolder, start: dict[str, Any] | None = No
     Raises:
         ConfigError: if the newest checkpoint can't be resumed with these settings.
     """
-    streams: int | None = run.num_streams
+    data = dataclasses.replace(run.data, num_streams=run.num_streams)
     checkpoint = folder.newest_checkpoint()
     if checkpoint is not None:
         _check_resume(run, folder)
-        streams = read_run_config(folder.config).data.num_streams
-    fixed = dataclasses.replace(run, data=dataclasses.replace(run.data, num_streams=streams))
+        before = read_run_config(folder.config).data
+        keeps = data.micro_batch_size == "auto" and before.micro_batch in run.fitting_micro_batches
+        micro = before.micro_batch_size if keeps else data.micro_batch_size
+        data = dataclasses.replace(data, num_streams=before.num_streams, micro_batch_size=micro)
+    fixed = dataclasses.replace(run, data=data)
     write_atomically(folder.config, to_yaml(fixed))
     starts = json.loads(folder.provenance.read_text()) if folder.provenance.exists() else []
     write_atomically(folder.provenance, json.dumps([*starts, {**(start or provenance()), **_image(run)}], indent=1))

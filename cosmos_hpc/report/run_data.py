@@ -211,7 +211,7 @@ def num_validation_samples(data: DataConfig) -> int | None:
 def num_validation_clips(config: RunConfig) -> int | None:
     """Clips in each validation of a run, over all ranks; none where the dataset can't tell."""
     num_samples = num_validation_samples(config.data)
-    most = config.trainer.limit_val_batches * config.data.micro_batch_size * config.trainer.world_size
+    most = config.trainer.limit_val_batches * config.data.micro_batch * config.trainer.world_size
     return None if num_samples is None else min(num_samples, most)
 
 

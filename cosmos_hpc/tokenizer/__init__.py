@@ -7,7 +7,7 @@ from cosmos_hpc.tokenizer.inference import EncodedVideo, Tokenizer
 from cosmos_hpc.tokenizer.latent_statistics import LatentStatistics, latent_statistics, read_latent_statistics
 from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.tokenizer.metrics import psnr, ssim
-from cosmos_hpc.tokenizer.starting import starting_tokenizer
+from cosmos_hpc.tokenizer.starting import starting_tokenizer, tokenizer_in_training
 from cosmos_hpc.tokenizer.weights import check_form, export, export_jit, load_tokenizer, load_weights
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "read_latent_statistics",
     "ssim",
     "starting_tokenizer",
+    "tokenizer_in_training",
 ]

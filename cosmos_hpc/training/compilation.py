@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_hpc import tokenizer
@@ -21,6 +20,7 @@ from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.parallel import Groups
+from cosmos_hpc.training.trial import Trial, run_trial, soft_clips
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +69,6 @@ class _Difference(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.reconstructions:.2%} in reconstructions and {self.gradient:.2%} in gradients"
-
-
-class _Result(NamedTuple):
-    reconstructions: Tensor
-    gradient: list[Tensor]
-
-    def difference(self, other: "_Result") -> _Difference:
-        """Of another result from this one, in the 2-norm."""
-        return _Difference(
-            _relative([self.reconstructions], [other.reconstructions]), _relative(self.gradient, other.gradient)
-        )
 
 
 class Subject(NamedTuple):
@@ -187,9 +176,9 @@ class _Test:
         self._groups = groups
         # Terms and windows may come with the steps: what the run begins with, and what it ends with.
         steps = sorted({step, max(step, config.trainer.max_steps - 1)})
-        batches = [_clips(shape, config.data.micro_batch_size, groups.device) for shape in config.data.clip_shapes]
+        batches = [soft_clips(shape, config.data.micro_batch, groups.device) for shape in config.data.clip_shapes]
         self._cases = [(clips, step) for clips in batches for step in steps]
-        self._expected: list[_Result] = []
+        self._expected: list[Trial] = []
 
     def spread(self) -> list[_Difference]:
         """What eager differs by when the input moves within its rounding, by case."""
@@ -198,7 +187,7 @@ class _Test:
             noise = torch.rand(clips.shape, generator=torch.Generator().manual_seed(1)).to(clips)
             moved = clips * (1 + ROUNDING[self._precision] * (2 * noise - 1))
             self._expected.append(self._run(clips, step))
-            found.append(self._expected[-1].difference(self._run(moved, step)))
+            found.append(_difference(self._expected[-1], self._run(moved, step)))
         return found
 
     def compare(self, spread: list[_Difference]) -> _Finding:
@@ -208,7 +197,7 @@ class _Test:
             for (clips, step), expected in zip(self._cases, self._expected, strict=True):
                 for _ in range(3):
                     found = self._run(clips, step)
-                differences.append(expected.difference(found))
+                differences.append(_difference(expected, found))
         except Exception as error:  # whatever a compiler may raise
             logger.warning("compiling failed", exc_info=True)
             message = " ".join(str(error).split())[:200]
@@ -226,19 +215,8 @@ class _Test:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def _run(self, clips: Tensor, step: int) -> _Result:
-        module, losses = self._subject.module, self._subject.losses
-        devices = [self._groups.device] if self._groups.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # for what a VAE samples
-            with self._groups.autocast(self._precision):
-                outputs = module(losses.inputs(clips, step))
-            pull = losses.pull(clips, outputs, step, is_last=False)
-        weights = [weight for weight in module.parameters() if weight.requires_grad]
-        gradient = torch.autograd.grad(pull.ends, weights, pull.slopes, allow_unused=True)
-        return _Result(
-            outputs.reconstructions.detach().clone(), [each.clone() for each in gradient if each is not None]
-        )
+    def _run(self, clips: Tensor, step: int) -> Trial:
+        return run_trial(self._subject.module, self._subject.losses, clips, step, self._groups, self._precision)
 
 
 class _Artifacts:
@@ -248,7 +226,7 @@ class _Artifacts:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
         data = config.data
         facts: list[Any] = [gpu, torch.__version__, config.model.model, config.model.channels, config.trainer.precision]
-        facts += [list(data.clip_shapes), data.micro_batch_size]
+        facts += [list(data.clip_shapes), data.micro_batch]
         digest = hashlib.sha256(repr(facts).encode())
         for file in sorted(Path(tokenizer.__file__).parent.rglob("*.py")):
             digest.update(file.read_bytes())
@@ -276,10 +254,11 @@ class _Artifacts:
             logger.warning("what was compiled can't be kept, so the next start compiles anew: %s", error)
 
 
-def _clips(shape: tuple[int, int, int], count: int, device: torch.device) -> Tensor:
-    """A micro batch of soft colours that drift, in [-1, 1]: unlike noise, something that a tokenizer knows."""
-    coarse = torch.rand(count, 3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    return F.interpolate(2 * coarse - 1, shape, mode="trilinear").to(device)
+def _difference(expected: Trial, found: Trial) -> _Difference:
+    """In the 2-norm."""
+    return _Difference(
+        _relative([expected.reconstructions], [found.reconstructions]), _relative(expected.gradient, found.gradient)
+    )
 
 
 def _relative(expected: list[Tensor], found: list[Tensor]) -> float:

@@ -139,7 +139,7 @@ class Groups:
     def num_microbatches(self, data: DataConfig) -> int:
         """Forwards and backwards of each rank in a step."""
         return ConstantNumMicroBatchesCalculator(
-            data.global_batch_size, data.micro_batch_size, self.rank.world_size, False, self.rank.rank
+            data.global_batch_size, data.micro_batch, self.rank.world_size, False, self.rank.rank
         ).get()
 
 

@@ -77,6 +77,8 @@ def test_unknown_key_in_a_file_names_the_file_and_the_nearest_known_one(job):
         ("data.crop_size=100", "takes multiples of 8: set 96 or 104"),
         ("data.global_batch_size=6", "must be a multiple of data.micro_batch_size x ranks = 4 x 1: set 4 or 8"),
         ("data.global_batch_size=2", "= 4 x 1: set 4"),
+        ("data.micro_batch_size=0", "data.micro_batch_size is 0: set a number of clips, at least 1, or auto"),
+        ("data.micro_batch_size=most", "data.micro_batch_size is most: set a number of clips, at least 1, or auto"),
         ("data.num_frames=ten", "data.num_frames: Value 'ten'"),
         ("data=3", "data is 3, but is a group of settings"),
         ("optim.lr=-1", "optim.lr is -1.0, but must be above 0"),
@@ -94,6 +96,20 @@ def test_unknown_key_in_a_file_names_the_file_and_the_nearest_known_one(job):
 )
 def test_impossible_value_is_refused_with_the_mend(job, override, words):
     assert words in refusal(job, "data.micro_batch_size=4", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        (["trainer.devices=2", "data.global_batch_size=24"], [1, 2, 3, 4, 6, 12]),
+        (["trainer.num_nodes=4", "data.global_batch_size=24"], [1, 2, 3, 6]),
+        (["trainer.num_nodes=4", "trainer.min_nodes=3", "data.global_batch_size=24"], [1, 2]),
+        (["trainer.num_nodes=4", "trainer.min_nodes=2", "data.global_batch_size=16"], [1, 2, 4]),
+    ],
+    ids=["two ranks", "four nodes", "four or three nodes", "three nodes can't share it anyway"],
+)
+def test_a_measured_micro_batch_has_to_fit_any_number_of_nodes(job, overrides, sizes):
+    assert settings(job, "data.micro_batch_size=auto", *overrides).fitting_micro_batches == sizes
 
 
 def test_a_latent_frame_of_four_takes_other_clip_lengths_than_one_of_eight(job):

@@ -62,6 +62,13 @@ def test_other_settings_that_decide_the_speed_say_nothing(tmp_path, new, other):
     assert (found.clips_per_s, found.wall_s, found.gpu_hours) == (None, None, None)
 
 
+def test_a_run_that_measures_its_micro_batch_will_be_as_fast_as_one_that_has(tmp_path, new):
+    write(RunFolder(tmp_path / "old" / "000-a"), run("data.micro_batch_size=2"), *[4.0] * 6, age_s=60)
+    write(RunFolder(tmp_path / "newer" / "000-b"), run("data.micro_batch_size=1"), *[8.0] * 6)
+    found = forecasts([run("data.micro_batch_size=auto"), run("data.micro_batch_size=2")], [new, new], tmp_path)
+    assert [each.clips_per_s for each in found] == [8.0, 4.0]
+
+
 def test_too_few_steps_and_a_broken_folder_say_nothing(tmp_path, new):
     write(RunFolder(tmp_path / "old" / "000-a"), run(), *[4.0] * 4)
     broken = RunFolder(tmp_path / "old" / "001-b")
