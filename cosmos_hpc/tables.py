@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,12 @@ WIDTH = 160
 
 LONGEST_PRETTY = 100
 """Rows that are laid out by rich."""
+
+GAP = 3
+"""Characters between two columns."""
+
+SPARE_STATUS = ("data wait", "of average", "goodput", "nodes", "clips/s", "SLURM", "loss", "attempts")
+"""Columns of `status` that a narrow terminal can do without, the first one first."""
 
 SCORE_COLUMNS = ("mean", "95 % interval", "worst 5 %", "change", "its interval")
 
@@ -144,6 +150,7 @@ def print_status(rows: Sequence[RunStatus]) -> None:
             ]
             for row in rows
         ],
+        spare=SPARE_STATUS,
     )  # fmt: skip
     for row in rows:
         if row.message:
@@ -232,16 +239,50 @@ def _print_latents(found: "EvaluationSet") -> None:
     print_table(["channel", *(weights for weights, _ in told)], rows)
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns under a header; the first one is never cut. A thousand rows take rich a second: long ones are plain."""
+def print_table(header: list[str], rows: list[list[str]], *, spare: Sequence[str] = ()) -> None:
+    """Columns under a header; the first one is never cut. A thousand rows take rich a second: long ones are plain.
+
+    Args:
+        header: names of the columns.
+        rows: cells.
+        spare: columns that are left out, one after the other, as long as the terminal is too narrow.
+    """
     if len(rows) > LONGEST_PRETTY:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in (header, ["-" * width for width in widths], *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         return
+    columns = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
+    console = Console(width=None if sys.stdout.isatty() else max(WIDTH, _least_width(columns)))
+    left_out = []
+    for name in spare:
+        if _least_width(columns) <= console.width:
+            break
+        del columns[name]
+        left_out.append(name)
+    console.print(_table(columns))
+    if left_out:
+        print(f"left out, since the terminal is narrow: {', '.join(left_out)}; --json has everything")
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in header:
-        table.add_column(name, no_wrap=name == header[0])
-    for row in rows:
+    for index, (name, cells) in enumerate(columns.items()):
+        table.add_column(name, no_wrap=index == 0 or not _may_wrap(cells))
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    return table
+
+
+def _may_wrap(cells: Sequence[str]) -> bool:
+    """Whether they are sentences, rather than a number and its unit."""
+    return any(len(cell.split()) > 2 for cell in cells)
+
+
+def _least_width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Characters of a line in which nothing is cut."""
+    words = [
+        (name, *(word for cell in cells for word in cell.split())) if _may_wrap(cells) else (name, *cells)
+        for name, cells in columns.items()
+    ]
+    return sum(max(map(len, own)) + GAP for own in words)

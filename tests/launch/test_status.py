@@ -1,10 +1,12 @@
 """What `status` tells, from folders as the supervisor and rank 0 leave them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 
 from cosmos_hpc.config.cluster_schema import ClusterConfig
 from cosmos_hpc.config.load import to_yaml
@@ -92,3 +94,32 @@ def test_state_files_of_earlier_versions_are_read(folder: RunFolder) -> None:
     assert run_status(folder).goodput is None
     state.write(folder.state)
     assert RunState.read(folder.state) == state
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(None, ()), (200, ()), (110, ("data wait", "goodput")), (80, ("SLURM", "loss"))]
+)
+def test_nothing_is_cut_in_a_narrow_terminal(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int | None,
+    left_out: tuple[str, ...],
+) -> None:  # fmt: skip
+    ended = [
+        {"attempt": number, "outcome": "node_failure", "ended": 2.0, "nodes": "gpu[001-004]"} for number in range(3)
+    ]
+    write_state(folder, *ended)
+    folder.metrics.write_text(
+        json.dumps({"step": 1200, "loss": 0.0312, "clips_per_s": 260.1, "val_psnr": 32.11}) + "\n"
+    )
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: width is not None)
+    print_status([run_status(folder)])
+    out = Text.from_ansi(capsys.readouterr().out).plain
+    assert max(map(len, out.splitlines()[:-1])) <= (width or 1000)
+    for whole in ("trial/000-0123abcd", "1200/", "32.11 dB"):
+        assert whole in out
+    table, _, told = out.partition("left out, since the terminal is narrow: ")
+    assert bool(told) == bool(left_out)
+    for name in left_out:
+        assert name in told
+        assert name not in table
+    assert "…" not in out
