@@ -22,10 +22,10 @@ quickstart: $(READY)
 	$(BIN)/cosmos-hpc quickstart --out $(WHERE)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(READY)
-	$(BIN)/python -m pytest -m slurm tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slurm tests/cluster
 
 test-training: $(READY)
 	$(BIN)/python -m pytest -m training tests/training
@@ -37,7 +37,7 @@ test-faults-all: $(READY)
 	COSMOS_HPC_FAULTS=200 $(BIN)/python -m pytest -s tests/faults
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not training"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not training"
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -3,13 +3,18 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
-from events import Events
+from events import HEADER, Events
 from slurm_cluster import Flavor, SlurmCluster, running, what_is_missing
 
 REQUIRED = "COSMOS_HPC_REQUIRES_CLUSTER"
 """Set where a cluster that can't be started is a failure rather than a reason to skip."""
+
+
+TABLE = pytest.StashKey[list[str]]()
+"""Rows of the table of events."""
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +36,24 @@ def events(request: pytest.FixtureRequest) -> Iterator[Events]:
     """Rows of the table of events, which is printed at the end of the session."""
     rows = Events()
     yield rows
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        reporter.write_line(f"\n{rows.table()}")
+    config = request.config
+    if hasattr(config, "workeroutput"):  # one of the processes among which pytest-xdist shares the tests
+        config.workeroutput["events"] = rows.lines()
+    else:
+        config.stash[TABLE] = rows.lines()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the rows of a worker of pytest-xdist that is through."""
+    lines = node.config.stash.setdefault(TABLE, [])
+    lines += getattr(node, "workeroutput", {}).get("events", [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table."""
+    if config.stash.get(TABLE, []):
+        terminalreporter.write_line("\n".join(["", HEADER, *config.stash[TABLE]]))
 
 
 @pytest.fixture

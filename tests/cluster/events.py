@@ -10,6 +10,10 @@ from slurm_cluster import SlurmCluster, wait_until
 
 from cosmos_hpc.config.run_folder import RunFolder
 
+HEADER = """\
+| event | ranks | cluster | steps lost | seconds to the next step | losses bit-equal |
+| --- | --- | --- | ---: | ---: | --- |"""
+
 
 @dataclass
 class Event:
@@ -78,13 +82,11 @@ class Events:
             if row.folder == folder:
                 row.losses_equal = losses_equal
 
-    def table(self) -> str:
-        """Markdown."""
+    def lines(self) -> list[str]:
+        """Rows of the table, below `HEADER`."""
         words = {True: "yes", False: "**no**", None: "-"}
-        header = ["| event | ranks | cluster | steps lost | seconds to the next step | losses bit-equal |",
-                 "| --- | --- | --- | ---: | ---: | --- |"]  # fmt: skip
         rows = [
             (row.name, row.ranks, row.flavor, row.lost_steps, f"{row.seconds:.0f}", words[row.losses_equal])
             for row in self.rows
         ]
-        return "\n".join([*header, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+        return [f"| {' | '.join(map(str, row))} |" for row in rows]
