@@ -1,3 +1,4 @@
+# make install      the virtual environment, .venv
 # make quickstart   the whole journey on this machine, on real clips
 # make test         the tests, except those on a SLURM cluster and those that train for minutes
 # make test-cluster those on a SLURM cluster of four nodes, which they bring up on this machine (root, Debian packages)
@@ -5,7 +6,7 @@
 # make test-faults  kills a run 25 times, wherever it can be hit, and compares it with the unbroken one (root)
 # make test-faults-all  the same, 200 times
 # make test-all     all tests but those of make test-training
-# All set up a virtual environment first, where it is missing.
+# All set up the virtual environment first, where it is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,10 +14,12 @@ WHERE ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test test-cluster test-training test-faults test-faults-all test-all check docs clean help
+.PHONY: install quickstart test test-cluster test-training test-faults test-faults-all test-all check docs clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
+
+install: $(READY)
 
 quickstart: $(READY)
 	$(BIN)/cosmos-hpc quickstart --out $(WHERE)

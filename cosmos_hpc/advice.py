@@ -31,11 +31,10 @@ def _on_latents(run: RunConfig) -> Iterator[str]:
 
 
 def _on_container(run: RunConfig) -> Iterator[str]:
-    if run.container.mode != "none" and run.cluster.executor == "local":
-        yield (
-            f"container.mode is {run.container.mode}, but cluster.executor is local: the ranks run on this machine, "
-            f"without the container"
-        )
+    image, mode = run.container.image, run.container.mode
+    if (image is not None or mode != "none") and run.cluster.executor == "local":
+        setting = f"container.image is {image}" if mode == "none" else f"container.mode is {mode}"
+        yield f"{setting}, but cluster.executor is local: the ranks run on this machine, without the container"
     elif run.container.mode != "none" and (missing := missing_image(run.container)) is not None:
         yield missing
 

@@ -18,6 +18,7 @@ from cosmos_hpc.advice import advice
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder, runs_folder
+from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.config.sweep import PlannedRun, expand
 from cosmos_hpc.doctor import Verdict, quick_findings
 from cosmos_hpc.job import Supervisor
@@ -81,6 +82,10 @@ class Plan:
     def warnings(self) -> list[list[str]]:
         """What to know of each run's settings before they are used; first why `submit` would refuse it."""
         found = [advice(run.config, place.folder) for run, place in zip(self.runs, self.placed, strict=True)]
+        distinct = {_inputs(run.config): run.config for run in self.runs}
+        refused = {inputs: _refusal(config) for inputs, config in distinct.items()}
+        for run, said in zip(self.runs, found, strict=True):
+            said[:0] = refused[_inputs(run.config)]
         sent = [index for index, place in enumerate(self.placed)
                 if place.is_sent and place.config.cluster.executor == "slurm"]  # fmt: skip
         try:
@@ -139,7 +144,7 @@ def submit(
     planned, experiment, max_parallel = _read(job, overrides)
     configs = [run.config for run in planned]
     waits = bool(jobs_before(configs[0].after, is_local=configs[0].cluster.executor == "local"))
-    for config in {repr((run.data, run.wandb, run.trainer.world_size)): run for run in configs}.values():
+    for config in {_inputs(config): config for config in configs}.values():
         check_inputs(config, data_is_to_come=waits)
 
     def check(sent: Sequence[PlacedRun]) -> None:
@@ -237,3 +242,17 @@ def _read(job: Path | str, overrides: Sequence[str]) -> tuple[list[PlannedRun], 
     ]
     folder = ExperimentFolder(runs_folder() / planned[0].config.name)
     return planned, folder, experiment.sweep.max_parallel
+
+
+def _inputs(run: RunConfig) -> str:
+    """The same for runs that read the same things."""
+    return repr((run.data, run.wandb, run.trainer.world_size))
+
+
+def _refusal(run: RunConfig) -> list[str]:
+    """Why `submit` would refuse what a run reads."""
+    try:
+        check_inputs(run, data_is_to_come=bool(run.after))
+    except ConfigError as error:
+        return [str(error)]
+    return []

@@ -49,8 +49,8 @@ def pack(
         int | None, typer.Option(help="Send that many tasks to the cluster instead of packing here.")
     ] = None,
     cluster: Annotated[
-        str, typer.Option(help="Profile of the cluster for --array, such as slurm/h100.yaml.")
-    ] = "local",
+        str | None, typer.Option(help="Profile for --array, such as slurm/cpu.yaml; SLURM, if left out and there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Pack videos into WebDataset tar shards; the same call again goes on where it was killed."""

@@ -43,7 +43,7 @@ def import_image(
         str, typer.Argument(help="Such as nvcr.io/nvidia/nemo:25.02, or a profile such as enroot/nemo.yaml.")
     ],
     cluster: Annotated[
-        str | None, typer.Option(help="Import in a job of this profile, such as slurm/h100.yaml, instead of here.")
+        str | None, typer.Option(help="Import in a job of this profile, such as slurm/cpu.yaml, instead of here.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -38,4 +38,4 @@ def weights_or_runs_named(source: str) -> "Path | list[RunFolder]":
         try:
             return cached(source)
         except ConfigError:
-            raise no_run from None
+            raise ConfigError(f"{no_run}; nor is it a file, or weights that `cosmos-hpc fetch` has brought") from None

@@ -87,8 +87,9 @@ def _print_sum(forecasts: Sequence[Forecast]) -> None:
         print(f"{len(known)} runs to send: {hours:.1f} GPU-hours, {_size(size)} of checkpoints, by {by}; "
               "validation, checkpoints and starts come on top")  # fmt: skip
     if len(known) < len(forecasts):
-        print(f"no clips/s was measured yet with the settings of {len(forecasts) - len(known)} runs: their time is "
-              "known once one of them has trained some steps")  # fmt: skip
+        count = len(forecasts) - len(known)
+        print(f"no clips/s was measured yet with the settings of {count} run{'s' * (count > 1)}: how long it takes is "
+              "known once one such run has trained some steps")  # fmt: skip
 
 
 def _duration(seconds: float) -> str:

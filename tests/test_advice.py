@@ -51,6 +51,28 @@ def test_what_the_run_measured_counts_more_than_what_was_estimated(tmp_path):
     assert "takes about 10% of the time, as measured in this run: set 333 or more" in told
 
 
+@pytest.mark.parametrize(
+    ("container", "words"),
+    [
+        ("container.image=some.sqsh", "container.image is some.sqsh, but cluster.executor is local"),
+        ("container.mode=enroot", "container.mode is enroot, but cluster.executor is local"),
+    ],
+)
+def test_a_container_that_a_local_run_does_without_is_told(tmp_path, container, words):
+    image = "container.image=some.sqsh"
+    assert words in warnings(tmp_path, "cluster=local", image, container)
+    assert "container" not in warnings(tmp_path, "cluster=local")
+
+
+def test_plan_tells_of_data_that_submit_would_refuse_and_that_is_not_still_to_come(quick_job):
+    def told(*overrides):
+        command = [sys.executable, "-m", "cosmos_hpc.cli", "plan", quick_job, *overrides]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    assert "warning: data.path is /not/there" in told("data.path=/not/there")
+    assert "/not/there" not in told("data.path=/not/there", "after=pack_roads")
+
+
 def test_plan_prints_each_warning_once(quick_job):
     command = [sys.executable, "-m", "cosmos_hpc.cli", "plan", quick_job, "sweep.grid={optim.lr: [1e-3, 1e-4]}"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -70,3 +70,20 @@ def test_each_example_opens_with_what_names_it():
     for group, folder in (("cluster", "slurm"), ("container", "enroot")):
         for file in sorted(ROOT.glob(f"{folder}/*.yaml")):
             assert file.read_text().startswith(f"# {group}: "), file
+
+
+def test_profiles_and_jobs_that_the_documents_name_are_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        name
+        for page in pages
+        for name in re.findall(r"\b(?:slurm|enroot|jobs)/[\w-]+\.(?:yaml|sbatch)", page.read_text())
+    }
+    assert len(named) > 8
+    assert {name for name in named if not (ROOT / name).is_file()} == {"jobs/roads.yaml"}, "the reader's own"
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page

@@ -28,6 +28,19 @@ _REFUSED = {
 }
 """Settings of Megatron-Core that would do harm here, and why."""
 
+_OTHER_NAMES = {
+    "batch_size": "data.micro_batch_size",
+    "gan": "loss.adversarial",
+    "gpus": "trainer.devices",
+    "learning_rate": "optim.lr",
+    "nodes": "trainer.num_nodes",
+    "num_gpus": "trainer.devices",
+    "perceptual": "loss.lpips",
+    "vgg": "loss.lpips",
+    "walltime": "cluster.time_limit_min",
+}
+"""What other tools call things."""
+
 _FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Five times as fast where PyYAML was built with libyaml; good for files that `to_yaml` wrote."""
 
@@ -74,7 +87,7 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
         ConfigError: for a missing or malformed file, an unknown key, a profile that does not exist.
     """
     source = "command line" if path is None else str(path)
-    written = {} if path is None else _with_profiles(_read_mapping(path), source)
+    written = {} if path is None else _with_profiles(_read_mapping(find_shipped(str(path)) or path), source)
     changes = _with_profiles(_parse_overrides(overrides), "command line")
     for settings, origin in ((written, source), (changes, "command line")):
         _refuse_unknown_keys(settings, origin)
@@ -86,7 +99,9 @@ def load_experiment(path: Path | None, overrides: Sequence[str] = ()) -> Experim
     if isinstance(merged.get("after"), str | int):
         merged["after"] = [str(merged["after"])]  # one is written without brackets
     _run_images_as_the_cluster_does(merged, source)
-    experiment = Experiment(source, merged, typed(SweepConfig, sweep, source))
+    named = ", ".join(override.partition("=")[0] for override in overrides)  # a value may be secret
+    whence = f"{source} with {named}" if path is not None and named else source
+    experiment = Experiment(whence, merged, typed(SweepConfig, sweep, whence))
     _let_epochs_decide(experiment)
     for key in experiment.sweep.keys:
         _refuse_unknown_setting(key, f"{source}: sweep")
@@ -241,9 +256,8 @@ def _with_profiles(settings: dict[str, Any], source: str) -> dict[str, Any]:
         if isinstance(name, str):
             path = find_shipped(name) or find_shipped(f"{folders[group]}/{name}.yaml")
             if path is None:
-                raise ConfigError(
-                    f"{source}: {group} is {name!r}, but there is no such file: see {folders[group]}/*.yaml"
-                )
+                mend = f"see {folders[group]}/*.yaml" + ("; container.mode=none goes without" * (group == "container"))
+                raise ConfigError(f"{source}: {group} is {name!r}, but there is no such file: {mend}")
             settings[group] = _Profile(_read_mapping(path))
     return settings
 
@@ -280,7 +294,7 @@ def _refuse_unknown_keys(settings: Mapping[str, Any], source: str) -> None:
         if key in groups:
             _refuse_non_mapping(settings, key, source)
         elif key not in leaves and (group == "" or group in groups):
-            raise ConfigError(f"{source}: {key} is no setting: did you mean {_nearest(key, [*groups, *leaves])}?")
+            raise ConfigError(f"{source}: {key} is no setting: {_nearest(key, [*groups, *leaves])}")
         elif key not in leaves and not any(key.startswith(f"{name}.") for name in free):
             raise ConfigError(f"{source}: {key}: {group} is a single value and holds no settings")
 
@@ -297,7 +311,7 @@ def _refuse_non_mapping(settings: Mapping[str, Any], group: str, source: str) ->
 def _refuse_unknown_setting(key: str, source: str) -> None:
     leaves = [name for name, _ in known_settings()]
     if key not in leaves:
-        raise ConfigError(f"{source}: {key} is no setting: did you mean {_nearest(key, leaves)}?")
+        raise ConfigError(f"{source}: {key} is no setting: {_nearest(key, leaves)}")
 
 
 def _known_keys() -> tuple[list[str], list[str], list[str]]:
@@ -309,10 +323,16 @@ def _known_keys() -> tuple[list[str], list[str], list[str]]:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    last = key.rpartition(".")[2]
+    """What somebody who wrote an unknown key may have meant."""
+    group, _, last = key.rpartition(".")
     by_whole = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     by_last = [name for name in known if name.rpartition(".")[2] == last]
-    return next(iter(by_whole or by_last or difflib.get_close_matches(key, known, n=1, cutoff=0.0)))
+    by_habit = [_OTHER_NAMES[last]] if last in _OTHER_NAMES else []
+    near = by_whole or by_last or by_habit or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {near[0]}?"
+    beside = [name for name in known if name.rpartition(".")[0] == group]
+    return f"there are {', '.join(beside)}" if beside else "see the table in README.md"
 
 
 def _expanded(settings: Any, source: str, key: str = "") -> Any:

@@ -146,15 +146,16 @@ def squashfs_of(container: ContainerConfig) -> Path | None:
     """Where the image of some settings lies.
 
     Returns:
-        The file that `container.image` names, which need not be there; or the one that was last imported under that
-        name, with the digest where one is set; none if there is no such one.
+        The file that `container.image` names, which need not be there, if not here then in `images_folder()`; or the
+        one that was last imported under that name, with the digest where one is set; none if there is no such one.
 
     Raises:
         ConfigError: if `container.image` can be neither.
     """
     image = container.image or ""
     if image.endswith(SUFFIXES):
-        return Path(image).resolve()
+        ours = images_folder() / Path(image).name
+        return ours if ours.is_file() and not Path(image).is_file() else Path(image).resolve()
     name = ImageName.of(image)
     wanted = container.digest or name.digest
     fitting = [

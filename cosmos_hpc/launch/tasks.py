@@ -31,14 +31,15 @@ class ResumableTask:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def send_tasks(name: str, tasks: Sequence[Callable[[], None]], folder: Path, cluster: str) -> list[str]:
+def send_tasks(name: str, tasks: Sequence[Callable[[], None]], folder: Path, cluster: str | None) -> list[str]:
     """Send tasks as one array.
 
     Args:
         name: Of the job.
         tasks: Picklable.
         folder: For submitit's files and the logs.
-        cluster: Name of a profile such as slurm/h100.yaml, or `local` for processes of this machine.
+        cluster: Name of a profile such as slurm/cpu.yaml, or `local` for processes of this machine; none: as `submit`
+            does without one, SLURM where there is sbatch.
 
     Returns:
         Job ids.
@@ -48,7 +49,8 @@ def send_tasks(name: str, tasks: Sequence[Callable[[], None]], folder: Path, clu
     """
     import submitit
 
-    run = resolve(load_experiment(None, [f"name={name}", f"cluster={cluster}"]), {})
+    profile = [] if cluster is None else [f"cluster={cluster}"]
+    run = resolve(load_experiment(None, [f"name={name}", *profile]), {})
     executor = submitit.AutoExecutor(folder=folder, cluster=run.cluster.executor)
     if run.cluster.executor == "local":
         executor.update_parameters(name=name, timeout_min=YEAR_MIN)

@@ -31,7 +31,7 @@ def refused(*arguments: str, cwd: Path) -> str:
         (["trainer.max_stps=3"], "did you mean trainer.max_steps?"),
         (["data.num_frames=12"], "takes 1 + 8k: set 9 or 17"),
         (["data.global_batch_size=3"], "set 4"),
-        (["sweep.grid={optim.speed: [1]}"], "optim.speed is no setting: did you mean optim."),
+        (["sweep.grid={optim.speed: [1]}"], "optim.speed is no setting: there are optim.lr, "),
         (["data.path=/no/such/folder"], "/no/such/folder"),
         (["data.path=null"], "data.path is not set"),
         (

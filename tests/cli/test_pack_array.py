@@ -13,7 +13,9 @@ def test_tasks_of_this_machine_pack_what_one_call_would(tmp_path):
     write_films(tmp_path / "videos", 6)
     line = ["pack", str(tmp_path / "videos"), "--max-clips-per-shard", "2", "--num-workers", "1"]
     assert CliRunner().invoke(app, [*line, "--out", str(tmp_path / "alone")]).exit_code == 0
-    sent = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "array"), "--array", "2", "--json"])
+    sent = CliRunner().invoke(
+        app, [*line, "--out", str(tmp_path / "array"), "--array", "2", "--cluster", "local", "--json"]
+    )
     assert sent.exit_code == 0, sent.output
     assert len(json.loads(sent.output)) == 2
     deadline = time.monotonic() + 120

@@ -50,6 +50,9 @@ def test_an_override_lies_on_top_of_the_file_and_takes_the_type_of_its_field(job
         ("dta.path=/x", "did you mean data?"),
         ("loss.l1.wieght=1", "did you mean loss.l1.weight?"),
         ("sweep.max_parralel=1", "did you mean sweep.max_parallel?"),
+        ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("trainer.gpus=8", "did you mean trainer.devices?"),
+        ("wandb.colour=red", "there are wandb.mode, "),
     ],
 )
 def test_unknown_override_names_the_nearest_known_one(job, override, words):
@@ -148,6 +151,17 @@ def test_malformed_file_is_refused_in_one_line(tmp_path, text, words):
     job = tmp_path / "broken.yaml"
     job.write_text(text)
     assert words in refusal(job)
+
+
+def test_a_job_that_comes_with_the_package_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_experiment(Path("jobs/quickstart.yaml")).settings["name"] == "quickstart"
+
+
+def test_a_bad_value_tells_that_there_are_overrides_but_not_their_values(job):
+    message = refusal(job, "optim.lr=fast", "name=quiet")
+    assert message.startswith(f"{job} with optim.lr, name: optim.lr: Value 'fast'")
+    assert "quiet" not in message
 
 
 def test_missing_file_names_a_near_one(job):

@@ -85,6 +85,8 @@ def test_a_name_leads_to_what_was_imported_last_under_it_and_a_digest_to_its_own
     assert lies(image=f"nvcr.io/nvidia/nemo:25.02@{DIGEST}") == older
     assert lies(image="nvcr.io/nvidia/nemo:25.06") is None
     assert lies(image="/shared/own.sqsh").as_posix() == "/shared/own.sqsh"
+    (images / "cosmos-hpc.sqsh").write_bytes(b"hsqs")
+    assert lies(image="images/cosmos-hpc.sqsh") == images / "cosmos-hpc.sqsh"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"name": "x"}'])
