@@ -45,6 +45,9 @@ class BackgroundWrite:
             rank: this process.
         """
         staged = request.preload_fn() if request.preload_fn is not None else []
+        self._staged = (
+            staged  # pinned memory is shared with the fork: kept, so that nothing else is put there meanwhile
+        )
         transforms = request.async_fn.args[0] if request.async_fn is not None else []
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
@@ -68,6 +71,7 @@ class BackgroundWrite:
             self._process.join()
             written = Written([], f"the process that writes checkpoints ended with {self._process.exitcode}")
         self._process.join()
+        self._staged = []
         atexit.unregister(self._process.kill)
         return written
 

@@ -1,5 +1,7 @@
 """AdamW, clipping and the learning-rate schedule, by Megatron-Core, without a word from the device to the host."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -13,6 +15,7 @@ from cosmos_hpc.training.parallel import DistributedDataParallel, Groups, cuda_c
 with lean_import():
     from megatron.core import optimizer as megatron_optimizer
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 SHARDING = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
@@ -52,8 +55,7 @@ class Optimizer:
             clip_grad=0.0,
             use_distributed_optimizer=config.use_distributed_optimizer,
         )
-        # Torch's AdamW also where a container brings Transformer Engine's, whose saved state has another form.
-        with cuda_calls_on(groups.device), mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True):
+        with cuda_calls_on(groups.device), _torchs_adamw():
             self.megatron = megatron_optimizer.get_megatron_optimizer(settings, [ddp])
         (self._inner,) = self.megatron.chained_optimizers
         self._adam = self._inner.optimizer
@@ -158,8 +160,10 @@ class Optimizer:
         """
         if not self._adam.state:
             self._make_moments()
+        with _torchs_adamw():
+            state = self.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=dict(SHARDING))
         return {
-            "optimizer": self.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=dict(SHARDING)),
+            "optimizer": state,
             "scheduler": self.scheduler.state_dict(),
             "schedule_lag": {"num_updates": self._num_updates, "verdicts": list(self._verdicts)},
         }
@@ -172,7 +176,8 @@ class Optimizer:
         state.pop("param_state_sharding_type", None)
         if not self._is_distributed:  # Megatron-Core 0.16.1 leaves a count of 0 updates out, and then misses it
             state["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
-        self._inner.load_state_dict(state)
+        with _torchs_adamw():
+            self._inner.load_state_dict(state)
         if moments is not None:  # in one call, Megatron-Core 0.16.1 stumbles over the `step` of torch's AdamW
             steps = {weight: own.pop("step") for weight, own in self._adam.state.items()}
             self._inner.load_parameter_state_from_dp_reshardable(moments)
@@ -192,3 +197,13 @@ class Optimizer:
                 weight.grad = torch.zeros_like(weight)
         self._adam.step()
         self._adam.zero_grad()
+
+
+@contextlib.contextmanager
+def _torchs_adamw() -> Iterator[None]:
+    """Megatron-Core takes torch's AdamW, even if an image has Transformer Engine's, which is saved otherwise."""
+    with (
+        mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        mock.patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", False),
+    ):
+        yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import random
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import time
+import weakref
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,8 +95,14 @@ def everything(state) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in (state.module.state_dict() | averages | moments).items()}
 
 
+@pytest.mark.parametrize("has_transformer_engine", [False, True])
 @pytest.mark.parametrize("distributed", [False, True])
-def test_a_checkpoint_holds_the_state_as_it_was_when_the_save_began(folder, config, groups, distributed):
+def test_a_checkpoint_holds_the_state_as_it_was_when_the_save_began(
+    folder, config, groups, distributed, has_transformer_engine, monkeypatch
+):
+    from megatron.core.optimizer import distrib_optimizer
+
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", has_transformer_engine)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, use_distributed_optimizer=distributed))
     state, store = build(folder, config, groups)
     take_a_step(state, groups)
@@ -304,6 +313,30 @@ def flip_a_bit(file: Path) -> None:
 
 def cut_in_half(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_what_was_copied_to_the_host_is_kept_until_the_writer_is_done(tmp_path):
+    """Pinned memory is shared with the forked writer: given to somebody else, it would be written as it is then."""
+    from cosmos_hpc.training.background_write import BackgroundWrite
+
+    class Staged(list):
+        """What can be pointed to without being kept."""
+
+    def extra() -> list[Path]:
+        while not (tmp_path / "go").exists():
+            time.sleep(0.01)
+        return []
+
+    request = SimpleNamespace(preload_fn=Staged, async_fn=None)
+    write = BackgroundWrite(request, extra, tmp_path, 0)
+    staged = weakref.ref(write._staged)
+    gc.collect()
+    assert write.is_running
+    assert isinstance(staged(), Staged)
+    (tmp_path / "go").touch()
+    assert write.wait().error is None
+    gc.collect()
+    assert staged() is None
 
 
 def test_a_writer_that_dies_costs_no_more_than_its_checkpoint(folder, config, groups, caplog):
