@@ -200,7 +200,6 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
 
     config, rank = attempt.config, groups.rank
     telemetry = Telemetry(attempt.folder, config, rank, attempt.number)
-    torch.manual_seed(config.trainer.seed + rank.rank)  # what a VAE samples; a resume brings its own state back
     module = tokenizer_in_training(config)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     falls = config.optim.lr_schedule != "constant"
@@ -228,6 +227,8 @@ def _build(attempt: Attempt, groups: "Groups", stop: StopRequest) -> "tuple[Trai
         held_out, config.trainer, groups, eye=losses.eye, keeps_pictures=config.wandb.log_media and rank.is_first
     )
     state = TrainState(module, ddp, optimizer, average, loader, adversary)
+    # Networks are made of seeds that are the same everywhere; what a VAE samples is not. A resume brings its own state.
+    torch.manual_seed(config.trainer.seed + rank.rank)
     layout = checkpoints.load_newest(state)
     telemetry.resume_at(state.step, 0 if layout is None else layout["metrics_bytes"])
     compilation = compile_training(Subject(module, losses, average), config, groups, attempt.folder, state.step)
