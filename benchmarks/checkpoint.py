@@ -252,7 +252,7 @@ def _start_kit(root: Path, channels: int) -> float:
     """By torchrun's own line, until the first step's line is there; then it is asked to save and leave."""
     settings = [f"data.path={root}/shards", f"model.channels={channels}", "data.num_frames=9", "data.crop_size=64"]
     settings += ["data.global_batch_size=1", "data.num_workers=1", "trainer.limit_val_batches=1"]
-    settings += ["trainer.val_check_interval=5000", "loss.lpips.weight=0"]
+    settings += ["trainer.val_check_interval=5000", "loss.lpips.weight=0", "trainer.compile=off"]  # as the plain script
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "cosmos_hpc.train", *settings]
     before, started = len(_step_lines(root)), time.perf_counter()
     with (root / "log").open("w") as log:

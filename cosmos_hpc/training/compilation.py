@@ -20,7 +20,7 @@ from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.tokenizer.losses import Losses
 from cosmos_hpc.training.ema import WeightAverage
 from cosmos_hpc.training.parallel import Groups
-from cosmos_hpc.training.trial import Trial, run_trial, soft_clips
+from cosmos_hpc.training.trial import Trial, free_memory, run_trial, soft_clips
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def compile_in_regions(subject: Subject, *, backend: str = "inductor", with_grap
     """Compile in place, and so with the same names of weights; nothing is compiled before it is first called.
 
     Encoder and decoder are regions of their own, because the reduction of a region's gradients starts when its whole
-    backward has ended.
+    backward has ended. A frozen encoder is replayed by a CUDA graph only if nothing that is trained looks at what it
+    leaves, which the decoder's replay overwrites.
 
     Args:
         subject: network, losses and average.
@@ -91,8 +92,10 @@ def compile_in_regions(subject: Subject, *, backend: str = "inductor", with_grap
         with_graphs: whether CUDA graphs replay what was compiled of the network.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    mode = "reduce-overhead" if with_graphs else None
+    trained = {name.partition(".")[0] for name, weight in subject.module.named_parameters() if weight.requires_grad}
     for region in ("encoder", "decoder"):
+        replays = with_graphs and (region in trained or region == "decoder" or "quant_conv" not in trained)
+        mode = "reduce-overhead" if replays else None
         subject.module.get_submodule(region).compile(mode=mode, dynamic=False, backend=backend)
     subject.losses.compile(backend)
     if subject.average is not None:
@@ -128,31 +131,36 @@ def compile_and_compare(
 ) -> Compilation:
     """Compile, warm every shape, and compare with eager. Collective.
 
-    The first rank compiles alone and leaves the result in the run folder; the others, and later starts, load it. All
-    compute alike in the end: where one rank can't compile or differs, all go on in eager.
+    Each rank of the first node compiles for its GPU, whose number is part of the code, and leaves the result in the run
+    folder; other nodes, and later starts, load it. All compute alike in the end: where one rank can't compile or
+    differs, all go on in eager.
 
     Takes what `compile_training` takes, and the backend of torch.compile.
     """
     started, on_gpu = time.perf_counter(), groups.device.type == "cuda"
     test, store = _Test(subject, config, groups, step), _Artifacts(folder, groups.device, config)
     spread = test.spread()
+    torch.backends.cudnn.benchmark = on_gpu  # before graphs are recorded
     compile_in_regions(subject, backend=backend, with_graphs=on_gpu)
-    if not groups.rank.is_first:
-        groups.barrier()  # until the first rank has left what the others load
+    is_on_first_node = groups.rank.rank == groups.rank.local_rank
+    if not is_on_first_node:
+        groups.barrier()  # until the first node has left what the others load
     store.load()
     own = test.compare(spread)
-    if groups.rank.is_first:
+    if is_on_first_node:
         store.save()
         groups.barrier()
     findings = groups.gather(own)
-    test.forget()
     faults = [f"rank {rank}: {finding.fault}" for rank, finding in enumerate(findings) if finding.fault]
     if faults:
         subject.losses.interpret()
         torch.compiler.set_stance("force_eager")
+        torch._dynamo.reset()  # the graphs, and their memory
+        torch.backends.cudnn.benchmark = False
+        test.forget()
         logger.warning("training goes on uncompiled, and slower: %s", "; ".join(faults))
         return Compilation(f"eager: {faults[0]}")
-    torch.backends.cudnn.benchmark = on_gpu
+    test.forget()
     seconds = time.perf_counter() - started
     told = f"compiled in {seconds:.0f} s; differs from eager by {findings[0].difference}"
     logger.info("%s", told)
@@ -188,6 +196,7 @@ class _Test:
             moved = clips * (1 + ROUNDING[self._precision] * (2 * noise - 1))
             self._expected.append(self._run(clips, step))
             found.append(_difference(self._expected[-1], self._run(moved, step)))
+        free_memory(self._groups.device)  # for graphs are recorded in memory of their own
         return found
 
     def compare(self, spread: list[_Difference]) -> _Finding:
@@ -198,6 +207,8 @@ class _Test:
                 for _ in range(3):
                     found = self._run(clips, step)
                 differences.append(_difference(expected, found))
+            if self._subject.average is not None:
+                self._subject.average.update(0, torch.ones((), device=self._groups.device))  # left out: moves nothing
         except Exception as error:  # whatever a compiler may raise
             logger.warning("compiling failed", exc_info=True)
             message = " ".join(str(error).split())[:200]
@@ -211,9 +222,7 @@ class _Test:
     def forget(self) -> None:
         """Free what it took."""
         self._expected.clear()
-        if self._groups.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        free_memory(self._groups.device)
 
     def _run(self, clips: Tensor, step: int) -> Trial:
         return run_trial(self._subject.module, self._subject.losses, clips, step, self._groups, self._precision)
@@ -230,16 +239,22 @@ class _Artifacts:
         digest = hashlib.sha256(repr(facts).encode())
         for file in sorted(Path(tokenizer.__file__).parent.rglob("*.py")):
             digest.update(file.read_bytes())
-        self._file = folder.compiled / f"{digest.hexdigest()[:16]}.bin"
+        self._device = device.index or 0
+        self._file = folder.compiled / f"{digest.hexdigest()[:16]}-{self._device}.bin"
 
     def load(self) -> None:
         """Take over what another process has compiled, if it is there; a file that can't be read costs time only."""
+        if not self._file.exists():
+            return
+        reason = "torch can't read it"
         try:
-            torch.compiler.load_cache_artifacts(self._file.read_bytes())
-        except FileNotFoundError:
-            pass
+            if torch.compiler.load_cache_artifacts(self._file.read_bytes()) is not None:
+                return
         except Exception as error:  # a torn file fails in as many ways as it has bytes
-            logger.warning("%s can't be used, so this start compiles anew: %s", self._file, error)
+            reason = str(error)
+        logger.warning("%s can't be used, so this start compiles anew: %s", self._file, reason)
+        with contextlib.suppress(OSError):
+            self._file.unlink()
 
     def save(self) -> None:
         """Leave it for the others, in place of what other code left; a full disk costs time only."""
@@ -247,7 +262,7 @@ class _Artifacts:
         if found is None:
             return
         try:
-            for old in self._file.parent.glob("*.bin"):
+            for old in self._file.parent.glob(f"*-{self._device}.bin"):
                 old.unlink()
             write_atomically(self._file, found[0])
         except OSError as error:

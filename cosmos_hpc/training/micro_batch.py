@@ -12,7 +12,7 @@ from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.tokenizer import Losses, tokenizer_in_training
 from cosmos_hpc.training.adversary import Adversary
 from cosmos_hpc.training.parallel import Groups
-from cosmos_hpc.training.trial import run_trial, soft_clips
+from cosmos_hpc.training.trial import free_memory, run_trial, soft_clips
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def with_micro_batch(config: RunConfig, groups: Groups) -> RunConfig:
         if speeds[size] < (1 - NOISE) * max(speeds.values()):
             break
     del bench
-    _free(groups.device)
+    free_memory(groups.device)
     if not speeds:
         raise torch.OutOfMemoryError("not even one clip of the largest shape fits: set a smaller one")
     best = min(size for size, speed in speeds.items() if speed >= (1 - NOISE) * max(speeds.values()))
@@ -77,7 +77,7 @@ class _Bench:
 
     def measure(self, size: int) -> float | None:
         """Seconds of a step of `size` clips; none where they don't fit."""
-        _free(self._groups.device)
+        free_memory(self._groups.device)
         try:
             clips = soft_clips(max(self._config.data.clip_shapes, key=math.prod), size, self._groups.device)
             seconds = [self._seconds(clips) for _ in range(1 + REPEATS)][1:]
@@ -103,10 +103,3 @@ class _Bench:
         shared_by = self._groups.rank.world_size if optim.use_distributed_optimizer else 1
         sizes = (count, 2 * count // shared_by, count * (optim.ema_decay > 0))
         return [torch.empty(size, device=self._groups.device) for size in sizes]
-
-
-def _free(device: torch.device) -> None:
-    """Give back to the GPU what is not in use."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -46,3 +46,10 @@ def soft_clips(shape: tuple[int, int, int], count: int, device: torch.device) ->
     """Soft colours that drift, [count, 3, T, H, W] in [-1, 1]: unlike noise, something that a tokenizer knows."""
     coarse = torch.rand(count, 3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return F.interpolate(2 * coarse - 1, shape, mode="trilinear").to(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back to the GPU what is not in use, and count its peak anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -204,9 +204,9 @@ def test_what_was_compiled_is_kept_for_later_starts_with_the_same_code(groups, t
     from cosmos_hpc.training.compilation import compile_and_compare
 
     loaded: list[bytes] = []
-    exports = iter([b"first", b"second", b"third"])
+    exports = iter([b"first", b"second", b"third", b"fourth"])
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (next(exports), None))
-    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: not loaded.append(content))
 
     def start(precision: str) -> list[bytes]:
         loaded.clear()
@@ -219,10 +219,33 @@ def test_what_was_compiled_is_kept_for_later_starts_with_the_same_code(groups, t
     assert start("bf16") == [], "other settings are other code"
     assert start("bf16") == [b"second"]
     assert len(list(RunFolder(tmp_path).compiled.iterdir())) == 1, "what no start needs any more is gone"
-    next(RunFolder(tmp_path).compiled.iterdir()).write_bytes(b"torn")
-    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", refuse)
-    start("bf16")
+    for refusal, next_one in ((refuse, b"third"), (lambda content: None, b"fourth")):
+        monkeypatch.setattr(torch.compiler, "load_cache_artifacts", refusal)
+        start("bf16")
+        (left,) = RunFolder(tmp_path).compiled.iterdir()
+        assert left.read_bytes() == next_one, "what can't be read gives way to what this start compiled"
 
 
 def refuse(content: bytes) -> None:
     raise RuntimeError("not what was saved")
+
+
+@pytest.mark.parametrize(
+    ("trainable", "modes"),
+    [
+        ("all", {"encoder": "reduce-overhead", "decoder": "reduce-overhead"}),
+        ("decoder", {"encoder": "reduce-overhead", "decoder": "reduce-overhead"}),
+        ("[decoder.*, quant_conv.*]", {"encoder": None, "decoder": "reduce-overhead"}),
+    ],
+)
+def test_no_graph_overwrites_what_a_layer_behind_a_frozen_encoder_keeps(monkeypatch, trainable, modes):
+    from cosmos_hpc.tokenizer import tokenizer_in_training
+    from cosmos_hpc.training.compilation import Subject, compile_in_regions
+
+    small = ["model.channels=4", f"model.trainable={trainable}", "loss.lpips.weight=0"]
+    config = resolve(load_experiment(None, small), {})
+    module, found = tokenizer_in_training(config), {}
+    names = {each: name for name, each in module.named_modules()}
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: found.update({names[self]: how["mode"]}))
+    compile_in_regions(Subject(module, Losses(config.loss), None))
+    assert found == modes
