@@ -126,9 +126,11 @@ def test_a_node_without_power_and_a_time_limit_that_is_hit_twice(slurm_cluster, 
     assert {attempts(folder)[0].nodes for folder in (elastic, moved)} == {slurm_cluster.job(job_id(moved)).nodes}
     ask_for_a_checkpoint(slurm_cluster, limited)
     with (
-        events.event(slurm_cluster, headless, "the same, and it is the first node", ranks="stand-in"),
+        events.event(
+            slurm_cluster, headless, "the first node loses its power, with trainer.min_nodes", ranks="stand-in"
+        ),
         events.event(slurm_cluster, moved, "a node loses its power (noticed after 10 s)", ranks="stand-in"),
-        events.event(slurm_cluster, elastic, "the same with trainer.min_nodes", ranks="stand-in"),
+        events.event(slurm_cluster, elastic, "a node loses its power, with trainer.min_nodes", ranks="stand-in"),
     ):
         slurm_cluster.power_off(lost)
     assert attempts(elastic)[-1].nodes == slurm_cluster.nodes[0], story(slurm_cluster, elastic)
