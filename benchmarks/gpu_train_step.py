@@ -2,6 +2,8 @@
 
     python benchmarks/gpu_train_step.py                         # CV and DV, B = 1 and 4
     python benchmarks/gpu_train_step.py --kinds CV --batches 1 --profile
+    python benchmarks/gpu_train_step.py --losses 300            # compiled against eager, over so many steps
+    torchrun --standalone --nproc-per-node 2 benchmarks/gpu_train_step.py --no-recipe   # B is each GPU's: weak scaling
 
 The recipe: the network as its specification reads (tests/tokenizer/reference_network.py), weights, loss networks and
 AdamW in bfloat16, eager. This kit: `train_step` of the loop itself, with float32 weights under bfloat16 autocast,
@@ -11,7 +13,9 @@ share of the matrix rate measured in the same call, and peak memory.
 """
 
 import argparse
+import contextlib
 import gc
+import io
 import itertools
 import statistics
 import sys
@@ -31,7 +35,7 @@ from reference_network import ReferenceTokenizer
 from cosmos_hpc.config.load import load_experiment, resolve
 from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.ranks import current_rank
-from cosmos_hpc.tokenizer import Losses, starting_tokenizer
+from cosmos_hpc.tokenizer import Losses, starting_tokenizer, tokenizer_in_training
 from cosmos_hpc.tokenizer.architecture import Architecture
 from cosmos_hpc.tokenizer.losses.perceptual import Eye
 from cosmos_hpc.tokenizer.losses.vgg import LAYER_WEIGHTS, Vgg16
@@ -46,6 +50,9 @@ MODELS = {"CV": "Cosmos-1.0-Tokenizer-CV8x8x8", "DV": "Cosmos-1.0-Tokenizer-DV8x
 TFLOP = {"CV": 5.57 + 3.97, "DV": 4.18 + 3.97}
 """Of one clip of 33 frames of 256 x 256, forward and backward of the network, and both passes through VGG16."""
 
+WARMED = 100
+"""Steps before losses are compared: at first they fall too fast."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,20 +66,30 @@ def main() -> None:
     parser.add_argument("--no-recipe", action="store_true")
     parser.add_argument("--profile", action="store_true", help="also where the time of this kit's step goes")
     parser.add_argument("--eager", action="store_true", help="this kit's step uncompiled")
+    parser.add_argument("--losses", type=int, metavar="STEPS", help="instead: the loss of compiled and of eager steps")
     parser.add_argument("settings", nargs="*", help="of the kit's run, such as optim.clip_grad=0")
     arguments = parser.parse_args()
     groups = Groups.start(current_rank())
+    with contextlib.nullcontext() if groups.rank.is_first else contextlib.redirect_stdout(io.StringIO()):
+        measure(groups, arguments)
+    groups.stop()
+
+
+def measure(groups: Groups, arguments: argparse.Namespace) -> None:
+    rate = float("nan")
     if groups.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         rate = matrix_rate(groups.device)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16 matrices {rate / 1e12:.0f} TFLOP/s")
-    else:
-        rate = float("nan")
+    pairs = itertools.product(arguments.kinds, arguments.batches)
+    if arguments.losses is not None:
+        for kind, batch in pairs:
+            compare_losses(kind, batch, groups, arguments)
+        return
     print("| step | ms | clips/s | ratio | TFLOP/s | of the matrix rate | peak allocated, reserved GB | warm-up s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for kind, batch in itertools.product(arguments.kinds, arguments.batches):
+    for kind, batch in pairs:
         compare(kind, batch, groups, rate, arguments)
-    groups.stop()
 
 
 def compare(kind: str, batch: int, groups: Groups, rate: float, arguments: argparse.Namespace) -> None:
@@ -115,9 +132,9 @@ def compare(kind: str, batch: int, groups: Groups, rate: float, arguments: argpa
     for name, seconds in medians.items():
         ratio = medians["recipe"] / seconds if "recipe" in medians else float("nan")
         full = TFLOP[kind] * (arguments.num_frames / 33) * (arguments.size / 256) ** 2
-        flops = full * batch / seconds
+        flops, clips_per_s = full * batch / seconds, batch * groups.rank.world_size / seconds
         print(
-            f"| {kind}, B={batch}, {name} | {1000 * seconds:.1f} | {batch / seconds:.1f} | {ratio:.2f} | {flops:.0f} "
+            f"| {kind}, B={batch}, {name} | {1000 * seconds:.1f} | {clips_per_s:.1f} | {ratio:.2f} | {flops:.0f} "
             f"| {flops * 1e12 / rate:.0%} | {memory[name][0]:.1f}, {memory[name][1]:.1f} | {warm_up[name]:.0f} |",
             flush=True,
         )
@@ -125,6 +142,34 @@ def compare(kind: str, batch: int, groups: Groups, rate: float, arguments: argpa
         profile(ways["kit"])
     ways.clear()
     torch._dynamo.reset()
+
+
+def compare_losses(kind: str, batch: int, groups: Groups, arguments: argparse.Namespace) -> None:
+    """Means over 20 steps: compiled, eager, and eager again on clips that differ by less than their rounding.
+
+    All start from the same weights, which some steps have warmed, and see the same clips in the same order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(32 * batch, 3, 3, 6, 6, generator=generator)
+    shape = (arguments.num_frames, arguments.size, arguments.size)
+    clips = list((255 * F.interpolate(coarse, shape, mode="trilinear")).to(torch.uint8).split(batch))
+    moved = [each.clone() for each in clips]
+    for each in moved:  # one value of 256 in one pixel: the smallest difference there is
+        each[:, :, 0, 0, 0] ^= 1
+    losses: dict[str, Tensor] = {}
+    for name, own, is_eager in (("eager", clips, True), ("eager, moved", moved, True), ("compiled", clips, False)):
+        forget(groups)
+        step = kit_step(kind, batch, own, groups, argparse.Namespace(**{**vars(arguments), "eager": is_eager}))
+        numbers = [float(step().numbers.read()[0]) for _ in range(WARMED + arguments.losses)]
+        losses[name] = torch.tensor(numbers[WARMED:]).split(20)
+        torch._dynamo.reset()
+    print(f"{kind}, B={batch}: steps after {WARMED}, means of the loss, and how far from eager")
+    print("| steps | eager | eager, moved | compiled |")
+    print("| --- | --- | --- | --- |")
+    for index, parts in enumerate(zip(*losses.values(), strict=True)):
+        eager, other, compiled = (float(part.mean()) for part in parts)
+        told = f"{other:.5f} ({other / eager - 1:+.2%}) | {compiled:.5f} ({compiled / eager - 1:+.2%})"
+        print(f"| {20 * index + 1} to {20 * index + len(parts[0])} | {eager:.5f} | {told} |", flush=True)
 
 
 def recipe_step(
@@ -174,7 +219,8 @@ def run_config(kind: str, batch: int, arguments: argparse.Namespace) -> RunConfi
         f"data.num_frames={arguments.num_frames}",
         f"data.crop_size={arguments.size}",
         f"data.micro_batch_size={batch}",
-        f"data.global_batch_size={batch}",
+        f"data.global_batch_size={batch * current_rank().world_size}",
+        f"trainer.devices={current_rank().world_size}",
         *arguments.settings,
     ]
     return resolve(load_experiment(None, settings), {})
@@ -182,10 +228,10 @@ def run_config(kind: str, batch: int, arguments: argparse.Namespace) -> RunConfi
 
 def kit_step(
     kind: str, batch: int, clips: list[Tensor], groups: Groups, arguments: argparse.Namespace
-) -> Callable[[], object]:
+) -> Callable[[], QueuedStep]:
     config = run_config(kind, batch, arguments)
     torch.manual_seed(0)
-    module = starting_tokenizer(config.model, 0)
+    module = tokenizer_in_training(config)
     ddp = groups.wrap(module, use_distributed_optimizer=config.optim.use_distributed_optimizer)
     dtype = torch.bfloat16 if groups.device.type == "cuda" else torch.float32
     eye = Eye(Vgg16().to(groups.device, dtype), config.loss.lpips.chunk_frames)
@@ -205,7 +251,7 @@ def kit_step(
     feed = batches()
     queued: list[QueuedStep] = []
 
-    def step() -> object:
+    def step() -> QueuedStep:
         queued.append(train_step(state, feed, run))  # the numbers are read one step late, as the loop does
         if len(queued) > 1:
             state.optimizer.learn(bool(queued.pop(0).numbers.read()[-1]))
