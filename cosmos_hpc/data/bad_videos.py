@@ -1,5 +1,6 @@
 """Videos that can't be used: skipped, counted by fault, each named once in the log and in the run's quarantine file."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -72,9 +73,13 @@ class SkippedVideos:
         self._most_bad = max(self._max_share * num_videos, MIN_BAD - 1)
         self._most_in_a_row = max(MIN_SKIPS_IN_A_ROW, 2 * num_videos // num_streams)  # two passes of a stream
         self._num_bad.value = 0
+        self._in_a_row = 0
         if self._quarantine is not None and self._quarantine.exists():
             for line in self._quarantine.read_text(encoding="utf-8").splitlines():
-                found = json.loads(line)
+                try:
+                    found = json.loads(line)
+                except ValueError:  # torn by a full disk or a node that crashed
+                    continue
                 video = Video(found["shard"], found["key"])
                 self._named.add(video)
                 if found["fault"] == Fault.HANGING:
@@ -130,9 +135,13 @@ class SkippedVideos:
         logger.warning("skipped %s: %s", video, reason)
         if self._quarantine is not None:
             line = json.dumps({"shard": video.shard, "key": video.key, "fault": fault, "reason": reason})
-            with self._quarantine.open("a", encoding="utf-8") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX)  # other workers, ranks and nodes write as well
-                file.write(f"{line}\n")
+            try:
+                with self._quarantine.open("a", encoding="utf-8") as file:
+                    with contextlib.suppress(OSError):  # a file system without locks
+                        fcntl.lockf(file, fcntl.LOCK_EX)  # other workers, ranks and nodes write as well
+                    file.write(f"{line}\n")
+            except OSError as error:  # a full disk is not to end a run here; the log has named it
+                logger.warning("%s can't be written: %s", self._quarantine, error.strerror)
 
 
 class ForgivingReader:

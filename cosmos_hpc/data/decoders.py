@@ -37,6 +37,13 @@ class Box(NamedTuple):
         """The rectangle of [H, W, 3], a view."""
         return picture[self.top : self.top + self.height, self.left : self.left + self.width]
 
+    def turned(self, num_quarter_turns: int, height: int, width: int) -> "Box":
+        """Where it lies once the picture, of that size, is turned to the left."""
+        if num_quarter_turns == 0:
+            return self
+        left_of_it = Box(width - self.left - self.width, self.top, self.width, self.height)
+        return left_of_it.turned(num_quarter_turns - 1, width, height)
+
 
 class Wanted(NamedTuple):
     """Rectangles of one frame."""

@@ -303,14 +303,19 @@ def cut_clips(video: str, mask: str, request: Request, output: Sequence[Tensor])
 
 def _of_mask(chosen: Sequence[ChosenClip], video: Packets, mask: Packets) -> list[ChosenClip]:
     """The same frames of the mask; of a picture, its only one."""
-    sizes = [(each.height, each.width, each.num_quarter_turns) for each in (video, mask)]
-    if sizes[0] != sizes[1]:
-        (height, width, _), (other_height, other_width, _) = sizes
-        reason = f"it is {other_width} x {other_height} for a video of {width} x {height}, as stored and turned"
+    (height, width), (other_height, other_width) = (each.upright_size for each in (video, mask))
+    if (height, width) != (other_height, other_width):
+        reason = f"it is {other_width} x {other_height} for a video of {width} x {height}, upright"
         raise UndecodableError(reason)
     if mask.num_frames not in (1, video.num_frames):
         raise UndecodableError(f"it has {mask.num_frames} frames for a video of {video.num_frames}")
-    return [each._replace(frames=np.minimum(each.frames, mask.num_frames - 1)) for each in chosen]
+    turns = (video.num_quarter_turns - mask.num_quarter_turns) % 4  # a picture stands upright as it is
+    return [
+        each._replace(
+            frames=np.minimum(each.frames, mask.num_frames - 1), box=each.box.turned(turns, video.height, video.width)
+        )
+        for each in chosen
+    ]
 
 
 def _cut(packets: Packets, cutter: Cutter, chosen: Sequence[ChosenClip], decoder: str, output: list[Tensor]) -> None:

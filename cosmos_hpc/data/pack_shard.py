@@ -129,7 +129,7 @@ def pack_shard(tar: Path, videos: list[PlannedVideo], settings: PackSettings) ->
         with tarfile.TarFile(partial, "w", copybufsize=MIB) as writer:
             for video in videos:
                 try:
-                    for key, size, probe in _add(writer, video, settings):
+                    for key, size, probe in _add(writer, video, settings, refused):
                         facts = {} if probe is None else probe._asdict()
                         packed.append(
                             {"key": key, "shard": tar.name, "source": video.path, "group": video.group, **facts}
@@ -145,9 +145,9 @@ def pack_shard(tar: Path, videos: list[PlannedVideo], settings: PackSettings) ->
 
 
 def _add(
-    writer: tarfile.TarFile, video: PlannedVideo, settings: PackSettings
+    writer: tarfile.TarFile, video: PlannedVideo, settings: PackSettings, refused: list[tuple[str, str]]
 ) -> Iterator[tuple[str, int, Probe | None]]:
-    """Add a video, or its parts; all or nothing of what can fail comes before the first of them is written."""
+    """Add a video, or those of its parts that are worth it; what is wrong with the whole is found before them."""
     if video.num_bytes == 0:
         raise UndecodableError("the file is empty")
     try:
@@ -157,12 +157,19 @@ def _add(
                 probe = guarded(probe_closely, video.path, settings.min_frames, timeout_s=PROBE_S)
             contents = list(_contents(video, settings))
             for number, content in enumerate(contents):
+                try:
+                    found = probe if content is None else _probed(content, settings)
+                except UndecodableError as error:
+                    if len(contents) == 1:
+                        raise
+                    refused.append((video.path, f"part {number:04d}: {error}"))
+                    continue
                 key = video.key if len(contents) == 1 else f"{video.key}-{number:04d}"
                 size = video.num_bytes if content is None else len(content)
                 _write(writer, f"{key}.mp4", file if content is None else io.BytesIO(content), size)
                 for ending, sibling in _siblings(video, settings, is_whole=len(contents) == 1).items():
                     _write(writer, f"{key}.{ending}", io.BytesIO(sibling), len(sibling))
-                yield key, size, probe if content is None else _probed(content, settings)
+                yield key, size, found
     except OSError as error:
         if str(error.filename) != video.path:
             raise

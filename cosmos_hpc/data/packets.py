@@ -64,6 +64,11 @@ class Packets(NamedTuple):
         return len(self.times_s)
 
     @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width of its pictures, turned as they are to be seen."""
+        return (self.width, self.height) if self.num_quarter_turns % 2 else (self.height, self.width)
+
+    @property
     def fps(self) -> float:
         """Frames per second, of the usual distance between two of them."""
         return 1 / float(np.median(np.diff(self.times_s))) if self.num_frames > 1 else 0.0
@@ -248,8 +253,10 @@ def _scan(
 
 def _quarter_turns(stream: av.VideoStream, first: av.Packet) -> int:
     codec = stream.codec_context
+    shown = av.Packet(bytes(first))  # without the mark of an edit list that hides it, and whatever comes of it
+    shown.pts, shown.dts, shown.time_base = first.pts, first.dts, first.time_base
     try:
-        frames = codec.decode(first) + codec.decode(None)
+        frames = codec.decode(shown) + codec.decode(None)
     except av.FFmpegError:
         return 0  # damage there costs the first frames alone
     return round(frames[0].rotation / 90) % 4 if frames else 0

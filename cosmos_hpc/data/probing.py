@@ -43,8 +43,8 @@ def probe_closely(path: str, min_frames: int) -> Probe:
         UndecodableError: with the reason for which it is not worth packing.
     """
     with scanned(path) as (packets, cutter):
-        if packets.num_frames < packets.frames_promised:
-            reason = f"it is cut short: {packets.num_frames} of {packets.frames_promised} frames are there"
+        if len(packets.pts) < packets.frames_promised:  # those that an edit list hides count
+            reason = f"it is cut short: {len(packets.pts)} of {packets.frames_promised} frames are there"
             raise UndecodableError(reason)
         if packets.num_frames < min_frames:
             raise UndecodableError(f"it is too short: {packets.num_frames} frames, {min_frames} are asked for")

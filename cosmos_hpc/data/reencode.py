@@ -15,6 +15,9 @@ from cosmos_hpc.data.packets import Packets, scanned
 CRF = 18
 """x264's constant rate factor of re-encoded videos: looks lossless; 0 is lossless, 51 is worst."""
 
+RGB = 0
+"""FFmpeg's colour matrix of pictures that are stored as they are seen."""
+
 PRESET = "veryfast"
 
 SCENE_SCORE, SCENE_WIDTH = 0.2, 160
@@ -124,7 +127,7 @@ def _divided(packets: Packets, scene: tuple[int, int], seconds: float | None) ->
 
 
 def reencode(path: str, target: str, *, gop: int | None, height: int | None, crf: int = CRF) -> None:
-    """Encode a video as H.264 (yuv420p) without sound, its frames and their times kept.
+    """Encode a video as H.264 (yuv420p) without sound, its frames, their times and what their colours mean kept.
 
     Args:
         path: The video.
@@ -166,4 +169,8 @@ def _encoder(
     stream.thread_count = 1
     stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
     stream.codec_context.time_base = given.time_base
+    for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+        value = getattr(given.codec_context, name)
+        if (name, value) != ("colorspace", RGB):  # such a source becomes YUV here, as untagged files are read
+            setattr(stream.codec_context, name, value)
     yield stream, size

@@ -18,7 +18,7 @@ from cosmos_hpc.data.dataset_index import is_metadataset, metadataset_parts, spl
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames
 from cosmos_hpc.data.video_names import find_videos, named_videos, siblings
 
-FILM = re.compile(r"(?!mask\.)(?:(.+)\.)?(?:mp4|m4v|mov|mkv|webm)")
+FILM = re.compile(r"(?!(?:.+\.)?mask\.)(?:(.+)\.)?(?:mp4|m4v|mov|mkv|webm)")
 """Members of a sample that are videos, and the camera where there are several."""
 
 
@@ -223,5 +223,8 @@ def _members(shard: Path, name: str) -> Iterator[Video]:
         others = {ending: part for ending, part in members.items() if ending not in films}
         for ending, film in films.items():
             camera, part = film[1], members[ending]
-            name_of = key if camera is None else f"{key}-{camera}"
-            yield Video(f"{name}/{name_of}", name_of, shard, part.size, name, part.offset, camera, others)
+            name_of = key if camera is None else f"{key}-{camera.replace('.', '-')}"  # a key ends at the first dot
+            own = {
+                other.removeprefix(f"{camera}."): of for other, of in others.items() if other.startswith(f"{camera}.")
+            }
+            yield Video(f"{name}/{name_of}", name_of, shard, part.size, name, part.offset, camera, others | own)

@@ -104,7 +104,8 @@ def read_middle(path: Path, num_frames: int) -> MiddleFrames:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video stream")
             stream = container.streams.video[0]
-            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+            packets = container.demux(stream)
+            times = sorted(each.pts for each in packets if each.pts is not None and not each.is_discard)
             start = (len(times) - num_frames) // 2
             if start < 0:
                 raise ValueError(f"{path} has {len(times)} frames, {num_frames} are needed")

@@ -40,6 +40,19 @@ def film(name: str) -> Path:
     return Path(spec.origin).parent / "datasets" / "data" / name
 
 
+def trimmed(source: Path, target: Path, num_hidden: int, rotation: int = 0) -> None:
+    """The same packets with an edit list that hides the first frames: what phones and `ffmpeg -ss -c copy` write."""
+    how = {"options": {"use_editlist": "1"}, "container_options": {"avoid_negative_ts": "disabled"}}
+    with av.open(str(source)) as old, av.open(str(target), "w", **how) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        stream.set_display_rotation(rotation)
+        packets = [packet for packet in old.demux(video=0) if packet.dts is not None]
+        begin = sorted(packet.pts for packet in packets)[num_hidden]
+        for packet in packets:
+            packet.pts, packet.dts, packet.stream = packet.pts - begin, packet.dts - begin, stream
+            new.mux(packet)
+
+
 def with_index_first(source: Path, target: Path) -> bytes:
     """The same packets with the table of contents in front, so that damage behind it can be placed."""
     with av.open(str(source)) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:

@@ -1,5 +1,7 @@
 """Whatever a dataset holds, the run goes past it: bad videos, harmful ones and damaged shards are named and skipped."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,11 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 from batches import equal, take
+from megatron.energon.errors import FatalSampleError
 from processes import children_of, gone
 from small_videos import NUM_TRAIN, pictures, video_of
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.data import decoding
+from cosmos_hpc.data.bad_videos import SkippedVideos, Video
 from cosmos_hpc.data.clips import Fault
 from cosmos_hpc.data.loader import TrainLoader, ValidationLoader
 from cosmos_hpc.data.packets import scanned
@@ -270,3 +274,41 @@ def test_shard_cut_short_after_prepare_costs_its_lost_samples_alone(
     resumed.restore([state])
     again.restore([state])
     assert equal(take(resumed, 8), take(again, 8))
+
+
+# the list of bad videos itself
+
+
+def test_a_split_without_a_usable_video_on_this_rank_ends_no_run_however_often_it_is_validated():
+    skipped = SkippedVideos()
+    for _ in range(50):
+        skipped.expect(3, 1)
+        for number in range(3):
+            skipped.add(Video("val.tar", str(number)), Fault.TOO_SHORT, "it is too short")
+    for number in range(96):
+        skipped.add(Video("val.tar", str(number)), Fault.TOO_SHORT, "it is too short")
+    with pytest.raises(FatalSampleError, match="no usable video among 100 in a row"):
+        skipped.add(Video("val.tar", "one more"), Fault.TOO_SHORT, "it is too short")
+
+
+def test_a_torn_line_of_the_quarantine_costs_no_more_than_itself(tmp_path):
+    file = tmp_path / "quarantine.jsonl"
+    SkippedVideos(file).add(Video("a.tar", "0"), Fault.HANGING, "it hangs")
+    file.write_text('{"shard": "b.tar", "ke\n' + file.read_text())
+    assert SkippedVideos(file).known(Video("a.tar", "0"))
+
+
+@pytest.mark.parametrize("fault", ["no locks", "no room"])
+def test_a_quarantine_that_can_not_be_locked_or_written_ends_no_run(tmp_path, monkeypatch, fault):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    file = tmp_path / "quarantine.jsonl"
+    if fault == "no locks":
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+    else:
+        file = tmp_path / "not there" / file.name  # what can't be written
+    skipped = SkippedVideos(file)
+    skipped.add(Video("a.tar", "0"), Fault.HANGING, "it hangs")
+    assert skipped.known(Video("a.tar", "0"))
+    assert not file.exists() or json.loads(file.read_text())["key"] == "0"

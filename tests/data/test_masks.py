@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from batches import take
-from small_videos import NUM_FRAMES, pictures
+from small_videos import NUM_FRAMES, pictures, trimmed
 
 from cosmos_hpc.config.errors import ConfigError
+from cosmos_hpc.data.choosing import ClipKind
+from cosmos_hpc.data.decoders import Box
+from cosmos_hpc.data.decoding import ClipDecoder
 from cosmos_hpc.data.loader import loss_mask
 from cosmos_hpc.data.pack import pack
 from cosmos_hpc.data.prepare import prepare
@@ -84,9 +87,29 @@ def test_mask_that_does_not_fit_costs_its_video_with_the_reason(data_config, tra
     take(train_loader(data_config(path=str(masked), masks=True)), 8)
     named = {record.getMessage() for record in caplog.records}
     assert (
-        "skipped train/shard-000000.tar/train3: its mask is of no use: it is 64 x 32 for a video of 64 x 48, "
-        "as stored and turned"
+        "skipped train/shard-000000.tar/train3: its mask is of no use: it is 64 x 32 for a video of 64 x 48, upright"
     ) in named
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_box_is_where_it_was_once_the_picture_is_turned(turns):
+    pixels, box = np.arange(5 * 7).reshape(5, 7), Box(1, 2, 3, 4)
+    turned = box.turned(turns, 5, 7)
+    assert np.array_equal(np.rot90(box.of(pixels), turns), turned.of(np.rot90(pixels, turns)))
+
+
+def test_an_upright_picture_masks_a_video_that_is_stored_sideways(tmp_path):
+    write_mp4(tmp_path / "stored.mp4", pictures(1), fps=25, crf=4)
+    trimmed(tmp_path / "stored.mp4", tmp_path / "sideways.mp4", num_hidden=0, rotation=90)
+    upright = np.rot90(next(pictures(1)))  # blue says how far right it is as stored
+    mask = np.repeat((upright[..., 2:] > 255 * EDGE / 64).astype(np.uint8) * 255, 3, axis=-1)
+    write_picture(tmp_path / "mask.png", mask)
+    raw = [(tmp_path / name).read_bytes() for name in ("sideways.mp4", "mask.png")]
+    for seed in range(3):
+        (clip,) = ClipDecoder(60.0).clips(raw[0], [ClipKind(3, 48, 32, has_mask=True)], seed, raw[1])
+        columns = clip[2].float() / (255 / 64)
+        is_clear = (columns - EDGE).abs() > 3
+        assert ((clip[3] > 127) == (columns > EDGE))[is_clear].all()
 
 
 def test_masks_are_left_alone_unless_asked_for(data_config, train_loader, masked):

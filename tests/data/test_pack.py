@@ -418,6 +418,45 @@ def test_encoding_anew_keeps_uneven_times_and_the_way_up(tmp_path):
     assert lines(tmp_path / "out/videos.jsonl")[0]["is_variable_rate"] is True
 
 
+@pytest.mark.parametrize(("matrix", "levels"), [(1, 1), (5, 2), (1, 2)], ids=["HD", "full range", "HD, full range"])
+def test_encoding_anew_keeps_the_colours(tmp_path, matrix, levels):
+    pixels = np.full((48, 64, 3), (198, 39, 60), np.uint8)
+    with av.open(str(tmp_path / "old.mp4"), "w") as target:
+        stream = target.add_stream("libx264", rate=25, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, levels
+        for number in range(9):
+            moving = pixels.copy()
+            moving[:8, 4 * number : 4 * number + 8] = 255
+            frame = av.VideoFrame.from_ndarray(moving, format="rgb24")
+            target.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=levels)))
+        target.mux(stream.encode())
+    pack([tmp_path / "old.mp4"], tmp_path / "out", gop=5)
+    (raw,) = members(tmp_path / "out/shard-000000.tar").values()
+    before, after = (
+        frames[0][24:] for frames in (list(read_frames(tmp_path / "old.mp4")), frames_of(raw, tmp_path / "b"))
+    )
+    assert np.abs(before.astype(int) - pixels[24:]).max() <= 3
+    assert np.abs(after.astype(int) - before).max() <= 3
+
+
+def test_a_part_in_which_nothing_moves_is_left_out_alone(tmp_path):
+    with av.open(str(tmp_path / "light.mp4"), "w") as target:
+        options = {"g": "25", "keyint_min": "25", "sc_threshold": "0"}
+        stream = target.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        frames = [*pictures(1, 25), *([picture(1, 24)] * 25), *pictures(2, 25)]  # it stands at a red light
+        for pixels in frames:
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        target.mux(stream.encode())
+    pack([tmp_path / "light.mp4"], tmp_path / "out", split_s=1.0)
+    keys = ["light-0000", "light-0002"]
+    assert list(members(tmp_path / "out/shard-000000.tar")) == [f"{key}.mp4" for key in keys]
+    assert [entry["key"] for entry in lines(tmp_path / "out/videos.jsonl")] == keys
+    (left,) = lines(tmp_path / "out/left_out.jsonl")
+    assert left["reason"].startswith("part 0001: it is static")
+
+
 @pytest.mark.parametrize("settings", [{"gop": 0}, {"height": -1}, {"split_s": 0.0}, {"crf": 52}])
 def test_impossible_settings_are_refused(videos, tmp_path, settings):
     with pytest.raises(ConfigError, match=f"^--{next(iter(settings)).replace('_', '-')} is .*: set "):

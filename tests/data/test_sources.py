@@ -61,6 +61,21 @@ def test_cameras_of_a_sample_are_videos_of_their_own(videos: Path, tmp_path: Pat
     assert sorted(found[0].siblings) == ["json", "mask.mp4"]
 
 
+def test_a_cameras_mask_is_no_video_and_a_key_of_a_camera_has_no_dot(videos: Path, tmp_path: Path) -> None:
+    raw = next((videos / "val").iterdir()).read_bytes()
+    files = {"cam.front.mp4": raw, "cam.rear.mp4": raw, "cam.front.mask.mp4": raw, "cam.rear.mask.png": b"", "json": {}}
+    with TarWriter(str(tmp_path / "shard.tar"), encoder=False) as shard:
+        shard.write({"__key__": "drive", **files, "json": b"{}"})
+    found = of_split(tmp_path, "val")
+    assert [(video.key, video.camera) for video in found] == [
+        ("drive-cam-front", "cam.front"),
+        ("drive-cam-rear", "cam.rear"),
+    ]
+    assert "mask.mp4" in found[0].siblings
+    assert "mask.png" not in found[0].siblings
+    assert "mask.png" in found[1].siblings
+
+
 def test_a_blend_gives_the_videos_of_all_its_datasets(dataset: Path, with_siblings: Path, tmp_path: Path) -> None:
     blend = tmp_path / "blend.yaml"
     blend.write_text(

@@ -3,10 +3,12 @@
 import av
 import numpy as np
 import pytest
-from small_videos import film, pictures
+from small_videos import NUM_FRAMES, film, pictures, trimmed
 
 from cosmos_hpc.data.choosing import ClipKind
 from cosmos_hpc.data.decoding import ClipDecoder
+from cosmos_hpc.data.packets import scan
+from cosmos_hpc.data.probing import probe_closely
 from cosmos_hpc.data.video_file import VideoInfo, probe, read_frames, read_middle, write_mp4
 
 
@@ -74,6 +76,21 @@ def test_video_filmed_sideways_is_read_upright_as_in_training(tmp_path, matrix, 
     for frame, in_training in zip(read_frames(tmp_path / "b.mp4"), clip.permute(1, 2, 3, 0).numpy(), strict=True):
         assert np.array_equal(frame, in_training)
         assert np.abs(np.rot90(picture, num_turns).astype(int) - frame).mean() < 5
+
+
+def test_video_trimmed_by_an_edit_list_is_whole_upright_and_counted_from_its_first_shown_frame(tmp_path):
+    write_mp4(tmp_path / "whole.mp4", pictures(1), fps=25)
+    trimmed(tmp_path / "whole.mp4", tmp_path / "trimmed.mp4", num_hidden=7, rotation=90)
+    packets = scan(str(tmp_path / "trimmed.mp4"))
+    assert (packets.num_frames, packets.num_quarter_turns) == (NUM_FRAMES - 7, 1)
+    assert probe_closely(str(tmp_path / "trimmed.mp4"), min_frames=13).frames == 13
+    shown = list(read_frames(tmp_path / "trimmed.mp4"))
+    assert [round(frame[..., 1].mean() / 10) for frame in shown] == list(range(7, NUM_FRAMES))
+    middle = read_middle(tmp_path / "trimmed.mp4", 5)
+    assert middle.start == 4
+    assert np.array_equal(middle.frames, shown[4:9])
+    (clip,) = ClipDecoder(60.0).clips((tmp_path / "trimmed.mp4").read_bytes(), [ClipKind(5, 64, 48)], None)
+    assert np.array_equal(clip.permute(1, 2, 3, 0), middle.frames)
 
 
 def test_damage_and_a_change_of_size_on_the_way_are_told(tmp_path):
