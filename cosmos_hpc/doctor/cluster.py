@@ -17,7 +17,7 @@ from cosmos_hpc.launch.directives import directives
 from cosmos_hpc.launch.limits import largest_array, misfits, partition_names
 from cosmos_hpc.launch.queue import num_partition_nodes
 from cosmos_hpc.launch.snapshot import snapshot_folder
-from cosmos_hpc.launch.submit import sbatch
+from cosmos_hpc.launch.submit import try_out
 
 TITLES = {"partition": "partition", "time_limit_min": "time limit", "num_nodes": "nodes", "gpus_per_node": "GPUs",
           "cpus_per_node": "CPUs"}  # fmt: skip
@@ -135,7 +135,7 @@ def accepted(case: Case) -> Iterator[Finding]:
             script = Path(scratch) / batch.script.name
             script.write_text(batch.text)
             try:
-                sbatch("--test-only", str(script))
+                try_out(script)
             except ConfigError as error:
                 yield failed("sbatch", str(error).replace(f" {script}", ""))
                 return

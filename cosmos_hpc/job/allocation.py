@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
@@ -19,17 +19,28 @@ from cosmos_hpc.config.schema import RunConfig
 from cosmos_hpc.job.guard import start_guard
 from cosmos_hpc.job.health import Problem, check_nodes
 from cosmos_hpc.job.policy import BAD_NODE
-from cosmos_hpc.launch.queue import OwnJob, host_names, job_runs, num_partition_nodes, own_job, requeue_own_job
-from cosmos_hpc.launch.step import slurm_job_id
+from cosmos_hpc.launch.queue import (
+    OwnJob,
+    host_names,
+    job_runs,
+    keep_away,
+    num_partition_nodes,
+    own_job,
+    requeue_own_job,
+)
+from cosmos_hpc.launch.step import host_step, slurm_job_id
 
 logger = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
 
-PATIENCE_S = 600.0
-"""How long a controller that does not answer is asked again."""
+PATIENCE_S = 24 * 3600.0
+"""How long a controller that does not answer is asked again; the job's own time limit ends it before."""
 
+
+PROLOG_S = 300.0
+"""How long the cluster's prolog may take on a node."""
 
 ENDS = {"NODE_FAIL": Ending.NODE_FAILURE, "PREEMPTED": Ending.PREEMPTED, "TIMEOUT": Ending.TIME_LIMIT}
 """What SLURM's accounts say of a run of the job that its supervisor did not live to close."""
@@ -74,6 +85,7 @@ class Allocation:
         self._folder = folder
         self._config = config
         self._bad: set[str] = set()
+        self._is_woken = False
         self._guard: subprocess.Popen[bytes] | None = None
 
     def prepare(self, record: AttemptRecord) -> Place | None:
@@ -86,6 +98,9 @@ class Allocation:
             Where to start; none where the attempt is over before it began.
         """
         own = _own()
+        if own.was_requeued:  # and runs again elsewhere already: SLURM had lost this node
+            logger.warning("%s has been started again elsewhere: nothing to do", self._folder.label)
+            raise SystemExit(0)
         there = host_names(own.nodes)
         nodes = [node for node in there if node not in self._bad]
         problems = self._check(record, nodes)
@@ -141,14 +156,17 @@ class Allocation:
         bad = sorted({node for record in attempts if record.job_id == job for node in record.bad_nodes})
         if not bad:
             return []
-        if num_partition_nodes(self._config.cluster.partition, besides=bad) >= self._config.trainer.num_nodes:
+        others = _patiently(lambda: num_partition_nodes(self._config.cluster.partition, besides=bad))
+        if others >= self._config.trainer.num_nodes:
             return bad
         logger.warning("%s: the partition has too few nodes beside %s", self._folder.label, ", ".join(bad))
         return []
 
     def give_back(self, excluded: Sequence[str]) -> JobEnd:
         """Requeue the job, which must not come back to some nodes, unless somebody was faster."""
-        if _patiently(lambda: requeue_own_job(slurm_job_id(), excluded)):
+        if _patiently(lambda: requeue_own_job(slurm_job_id())):
+            if excluded:
+                _patiently(lambda: keep_away(slurm_job_id(), excluded))
             return JobEnd.REQUEUED_BY_US
         own = _own()
         if own.was_requeued or own.is_preempted:
@@ -161,11 +179,20 @@ class Allocation:
         log = self._folder.launcher_log(record.attempt)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as output:
+            if not self._is_woken:
+                self._wake(nodes, output)
             problems = check_nodes(self._config, self._folder, nodes, output)
             for problem in problems:
                 print(f"health gate: {problem}", file=output)
                 logger.warning("%s: %s", self._folder.label, problem)
         return problems
+
+    def _wake(self, nodes: Sequence[str], output: IO[str]) -> None:
+        """Start something on every node once: SLURM may run its prolog before a job's first step, and that is slow."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the gate will tell which
+            command = [*host_step(self._config, nodes), "true"]
+            subprocess.run(command, stdout=output, stderr=output, timeout=PROLOG_S, check=False)
+        self._is_woken = True
 
     def _stand_guard(self, others: Sequence[str]) -> None:
         """Before the ranks start, whose step is the newest one then."""

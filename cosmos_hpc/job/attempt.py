@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 LISTEN_S = 1.0
 """Between two looks at the heartbeat."""
 
+STOOD_STILL_S = 30.0
+"""Time between two looks that shows that this process stood still, and the ranks perhaps with it."""
+
 REFRESH_S = 30.0
 """Between two updates of a living attempt's record."""
 
@@ -93,8 +96,10 @@ class Attempt:
             if asked is not None and not is_passed_on and self._all_listen():
                 is_passed_on = True
                 signal_ranks(self._config, step.pid, asked)
-            if time.monotonic() - listened >= LISTEN_S:
+            if (since := time.monotonic() - listened) >= LISTEN_S:
                 listened = time.monotonic()
+                if since > STOOD_STILL_S:
+                    self._vigil.forgive(since)
                 self._listen()
                 if self._vigil.is_hung:
                     return self._end_hang(step, output)

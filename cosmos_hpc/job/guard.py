@@ -23,7 +23,7 @@ sleep $(($3 * SLURM_PROCID))
 while sleep $(($3 * SLURM_NTASKS)); do
     nodes=$(squeue --noheader --states=RUNNING --format=%N --jobs="$1") && [ -n "$nodes" ] || continue
     nodes=$(scontrol show hostnames "$nodes") || continue
-    grep --quiet --line-regexp "$2" <<<"$nodes" || scontrol requeue "$1"
+    grep --quiet --line-regexp "$2" <<<"$nodes" || scontrol requeue Incomplete "$1"
 done
 """
 """Takes the job (`A_T` for an element of an array), the first node and the seconds."""

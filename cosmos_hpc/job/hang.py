@@ -81,6 +81,10 @@ class Vigil:
         """Whether the silence is longer than it may be."""
         return self.silence_s > self.limit_s
 
+    def forgive(self, seconds: float) -> None:
+        """Leave out a time in which this process stood still itself: a suspended job, a file system that hung."""
+        self._last_sign += seconds
+
     def hear(self, beat: Heartbeat | None) -> None:
         """Take in the newest heartbeat of the attempt; the silence before it belongs to the phase it began in."""
         if beat is None:

@@ -25,6 +25,10 @@ from cosmos_hpc.ranks import set_up_logging
 logger = logging.getLogger(__name__)
 
 
+EARLIER_SELF_S = 30.0
+"""How long the lock of this job's earlier start is waited for, which SLURM may have lost without ending it."""
+
+
 @dataclass(frozen=True)
 class Supervisor:
     """What submitit pickles and runs: it holds a run folder and nothing else."""
@@ -39,14 +43,23 @@ class Supervisor:
         """
         set_up_logging()
         folder = RunFolder(self.run_folder)
-        with locked(folder.supervisor_lock, patience_s=1.0) as is_only_one:
-            if not is_only_one:
+        is_again = _began_in_this_job(folder)
+        with locked(folder.supervisor_lock, patience_s=EARLIER_SELF_S if is_again else 1.0) as is_only_one:
+            if not is_only_one and not is_again:
                 logger.warning("%s has a living supervisor already: nothing to do", folder.label)
                 return
+            if not is_only_one:  # on a node that SLURM has lost: it has given the job to this process
+                logger.warning("%s: the lock is still held by this job's earlier start: going on", folder.label)
             try:
                 _Watch(folder).run()
             finally:
                 folder.pending_mark.unlink(missing_ok=True)
+
+
+def _began_in_this_job(folder: RunFolder) -> bool:
+    """Whether the newest attempt was made by an earlier start of the job that this process is a part of."""
+    state, job = RunState.read(folder.state), slurm_job_id()
+    return bool(job) and state is not None and bool(state.attempts) and state.attempts[-1].job_id == job
 
 
 class _Watch:

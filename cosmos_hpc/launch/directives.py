@@ -16,7 +16,7 @@ TEARDOWN = (
     "    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
     "    job=${job:-$SLURM_JOB_ID}  # never the raw id of an array's element: the last one's is the whole array's",
     '    if [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then',
-    '        scontrol requeue "$job" && sleep 600  # SLURM ends this script',
+    '        scontrol requeue Incomplete "$job" && sleep 600  # SLURM ends this script',
     "    fi",
     "fi",
     "exit $code",

@@ -1,6 +1,7 @@
 """What a scheduler would know, on a machine without one: who lives, and who may start."""
 
 import contextlib
+import errno
 import fcntl
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import IO
 
 from cosmos_hpc.config.run_folder import ExperimentFolder
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system without locks says (Lustre without `-o flock`, NFS without lockd): there, all are alone."""
 
 
 @contextlib.contextmanager
@@ -47,6 +51,9 @@ def _flock(file: IO[str], kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 

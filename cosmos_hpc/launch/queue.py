@@ -38,6 +38,9 @@ ALIVE = (
 )
 """States of jobs that run or will."""
 
+REQUEUE = ("requeue", "Incomplete")
+"""Words of scontrol, for a job that runs: without the second, one that was cancelled a moment ago would come back."""
+
 FORGOTTEN = "UNKNOWN"
 """State of a job that neither the queue nor the accounting knows."""
 
@@ -188,8 +191,8 @@ class OwnJob:
 
     @property
     def is_ours(self) -> bool:
-        """Whether nobody else has ended or requeued it."""
-        return self.state == "RUNNING"
+        """Whether nobody else has ended or requeued it; running again, it is its new supervisor's."""
+        return self.state == "RUNNING" and not self.was_requeued
 
     @property
     def was_requeued(self) -> bool:
@@ -224,13 +227,11 @@ def own_job(job: str) -> OwnJob:
     )
 
 
-def requeue_own_job(job: str, exclude: Sequence[str] = ()) -> bool:
+def requeue_own_job(job: str) -> bool:
     """Give the job that this process is a part of back to the queue, which will end this process.
 
     Args:
         job: `A_T` for an element of an array, never the raw id: the last element's is the whole array's.
-        exclude: nodes that it must not come back to, beside those it avoids already. SLURM takes this only from a job
-            that waits, so it follows the requeue; SIGTERM must be ignored until then.
 
     Returns:
         False if the job is not RUNNING: somebody has ended or requeued it already.
@@ -238,13 +239,22 @@ def requeue_own_job(job: str, exclude: Sequence[str] = ()) -> bool:
     Raises:
         ConfigError: if scontrol refuses.
     """
-    own = own_job(job)
-    if not own.is_ours:
+    if not own_job(job).is_ours:
         return False
-    _asked("scontrol", "requeue", job)
-    if exclude:
-        _asked("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(filter(None, (own.excluded, *exclude)))}")
+    _asked("scontrol", *REQUEUE, job)
     return True
+
+
+def keep_away(job: str, nodes: Sequence[str]) -> None:
+    """Have a job that waits start elsewhere than on these nodes, and on those that it avoids already.
+
+    SLURM takes this only from a job that waits, and so after its requeue.
+
+    Raises:
+        ConfigError: if scontrol refuses.
+    """
+    avoided = filter(None, (own_job(job).excluded, *nodes))
+    _asked("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(avoided)}")
 
 
 def host_names(nodes: str) -> list[str]:
@@ -324,8 +334,10 @@ def _whole_jobs(jobs: Sequence[str]) -> str:
 
 
 def _asked(*command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    environment |= {"SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"}  # times as numbers, index lists uncut
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
         raise ConfigError(f"there is no {command[0]} here: run this on a node of the SLURM cluster") from None
     if done.returncode and "Invalid job id specified" not in done.stderr:  # one that the queue has forgotten

@@ -162,10 +162,13 @@ def cancel_all(folders: Sequence[RunFolder]) -> dict[RunFolder, str]:
     for folder, status in zip(folders, run_statuses(folders), strict=True):
         if status.is_over or status.status == "unsupervised":
             continue
-        folder.cancel_mark.touch()
         read = _read(folder)
+        if isinstance(read, _Read) and read.job == "":  # a job that SLURM gets later would be newer than the mark
+            said[folder] = "is being sent at this moment: cancel it again"
+            continue
+        folder.cancel_mark.touch()
         if isinstance(read, _Read) and read.job is not None:  # the supervisor's process id is another machine's
-            jobs += [read.job] if read.job else []
+            jobs.append(read.job)
             said[folder] = "will not start" if status.status == "pending" else "asked to save and stop"
         elif (
             status.status in ("pending", "starting")

@@ -27,6 +27,12 @@ OWN = {
 }
 """Variables that every rank has."""
 
+RANKS = "cosmos-ranks"
+"""Name of their step."""
+
+SRUN = ("srun", "--export=ALL", "--cpu-bind=none")
+"""A job that was sent with other exports gives its steps the whole environment all the same."""
+
 KILL_WAIT_S = 60.0
 """How long srun may take to notice that the tasks it was told to kill are gone."""
 
@@ -86,14 +92,15 @@ def slurm_job_id() -> str:
 
 
 def _newest_slurm_step() -> str | None:
-    """JOB.STEP of the ranks: the highest number, beside the steps that SLURM names (batch, extern)."""
+    """JOB.STEP of the ranks, the highest number of their name: users start steps of their own to look around."""
     listed = subprocess.run(
-        ["squeue", "--noheader", "--steps", f"--jobs={slurm_job_id()}", "--format=%i"],
+        ["squeue", "--noheader", "--steps", f"--jobs={slurm_job_id()}", "--format=%i|%j"],
         capture_output=True,
         text=True,
         check=False,
     )
-    steps = [line.strip() for line in listed.stdout.splitlines() if line.strip().rpartition(".")[2].isdecimal()]
+    rows = (line.strip().partition("|") for line in listed.stdout.splitlines())
+    steps = [step for step, _, name in rows if name == RANKS]
     return max(steps, key=lambda step: int(step.rpartition(".")[2]), default=None)
 
 
@@ -156,7 +163,7 @@ def host_step(run: RunConfig, nodes: Sequence[str]) -> list[str]:
     """One process on each node of the job, outside the container, beside whatever runs there."""
     gpus = ["--gpus-per-node=0"] if run.cluster.gpus_per_node == 0 else []
     size = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}"]
-    return ["srun", "--overlap", "--mem=0", "--kill-on-bad-exit=0", "--cpu-bind=none", *gpus, *size]
+    return [*SRUN, "--overlap", "--mem=0", "--kill-on-bad-exit=0", *gpus, *size]
 
 
 def _srun(run: RunConfig, nodes: Sequence[str]) -> list[str]:
@@ -171,7 +178,7 @@ def _srun(run: RunConfig, nodes: Sequence[str]) -> list[str]:
         size.append(f"--cpus-per-task={run.cluster.cpus_per_task}")
     if nodes:
         size.append(f"--nodelist={','.join(nodes)}")
-    return ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--cpu-bind=none", *size]
+    return [*SRUN, f"--job-name={RANKS}", "--kill-on-bad-exit=1", "--unbuffered", *size]
 
 
 def _overriding(run: RunConfig) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -177,7 +178,7 @@ def _send_to_slurm(
         folder.script.write_text(text)
     for array in arrays:
         write_atomically(array.script, array.text)
-        sbatch("--test-only", str(array.script))
+        try_out(array.script)
     _note(experiment, {"time": time.time(), "scripts": {a.script.name: [run.label for run in a.runs] for a in arrays}})
     ids: dict[str, str] = {}
     last = sorted({job.partition("_")[0] for job in living})
@@ -213,15 +214,43 @@ def sbatch(*arguments: str) -> str:
     Raises:
         ConfigError: with them, and what can be done.
     """
+    said = _told_by_sbatch("--parsable", *arguments)
+    job = re.search(r"^(\d+)(?:;\S+)?$", said, re.MULTILINE)  # a wrapper may greet on other lines
+    if job is None:
+        raise ConfigError(
+            f"sbatch said {' '.join(said.split())!r} and no job's number: see `squeue --me`, then submit again"
+        )
+    return job[1]
+
+
+def try_out(script: Path) -> None:
+    """Ask sbatch whether it would take a script.
+
+    Raises:
+        ConfigError: with its words if not, and what can be done.
+    """
+    _told_by_sbatch("--test-only", str(script))
+
+
+def _told_by_sbatch(*arguments: str) -> str:
     try:
-        done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
+        command = ["sbatch", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=outside_of_a_job())
     except FileNotFoundError:
         raise ConfigError("cluster.executor is slurm, but there is no sbatch here: set `cluster: local`") from None
     if done.returncode:
         words = " ".join(done.stderr.replace("sbatch: error: ", "").partition("Try ")[0].split())
         mend = next((mend for part, mend in MENDS.items() if part in words), "see the profile under `cluster`")
         raise ConfigError(f"sbatch refused {arguments[-1]}: {words}: {mend}; nothing was sent")
-    return done.stdout.strip().partition(";")[0]
+    return done.stdout
+
+
+def outside_of_a_job() -> dict[str, str]:
+    """The environment without what SLURM tells the job that this process may be a part of: it is not the new one's."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    of_a_job = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
+    return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(of_a_job)}
 
 
 def _start_here(
@@ -251,7 +280,9 @@ def shielded(code: Path | None = None) -> Iterator[None]:
     submitit overwrites the usual one.
     """
     kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    before = dict(os.environ)
+    before, outside = dict(os.environ), outside_of_a_job()
+    for name in before.keys() - outside.keys():
+        del os.environ[name]
     if code is not None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
         os.environ["PYTHONSAFEPATH"] = "1"
@@ -262,7 +293,7 @@ def shielded(code: Path | None = None) -> Iterator[None]:
     finally:
         for name in ("PYTHONPATH", "PYTHONSAFEPATH", CALLERS_GPUS):
             os.environ.pop(name, None)
-            os.environ |= {name: before[name]} if name in before else {}
+        os.environ |= before
         for number, handler in kept.items():
             signal.signal(number, handler)
 

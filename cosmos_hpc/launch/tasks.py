@@ -1,5 +1,7 @@
 """Work on data as an array of tasks, by the launcher that also sends training: one core and up, no GPU."""
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.launch.directives import directives
+from cosmos_hpc.launch.directives import NO_LIMIT, directives
 from cosmos_hpc.launch.submit import YEAR_MIN, shielded
 
 if TYPE_CHECKING:  # takes half a second
@@ -21,7 +23,8 @@ class ResumableTask:
     task: Callable[[], None]
 
     def __call__(self) -> None:
-        """Do it."""
+        """Do it; SLURM's warning, which goes to all processes of a step, is left to this one."""
+        os.register_at_fork(after_in_child=_ignore_warning)
         self.task()
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
@@ -29,6 +32,10 @@ class ResumableTask:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
+
+
+def _ignore_warning() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def send_tasks(name: str, tasks: Sequence[Callable[[], None]], folder: Path, cluster: str | None) -> list[str]:
@@ -51,12 +58,16 @@ def send_tasks(name: str, tasks: Sequence[Callable[[], None]], folder: Path, clu
 
     profile = [] if cluster is None else [f"cluster={cluster}"]
     run = resolve(load_experiment(None, [f"name={name}", *profile]), {})
-    executor = submitit.AutoExecutor(folder=folder, cluster=run.cluster.executor)
     if run.cluster.executor == "local":
+        executor = submitit.AutoExecutor(folder=folder, cluster="local")
         executor.update_parameters(name=name, timeout_min=YEAR_MIN)
     else:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=NO_LIMIT)
         options = directives(run)
         del options["slurm_additional_parameters"]["gpus_per_node"]
+        options["slurm_use_srun"] = True  # SLURM's warning before the time limit goes to steps alone
+        if run.cluster.cpus_per_task is not None:
+            options["slurm_srun_args"] = [f"--cpus-per-task={run.cluster.cpus_per_task}"]
         executor.update_parameters(**options)
     try:
         with shielded(), executor.batch():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from cosmos_hpc import api
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import ExperimentFolder, runs_folder
 from cosmos_hpc.launch.status import run_status
+from cosmos_hpc.launch.tasks import send_tasks
 
 pytestmark = pytest.mark.slurm
 
@@ -203,6 +205,23 @@ def test_a_run_waits_for_the_job_that_makes_its_data_and_for_another_experiment(
         slurm_cluster.wait_for_state(name, "COMPLETED", limit_s=240)
     (third,) = api.submit(job, ["name=third", "after=[first, pack_roads]"]).jobs.values()
     assert told(slurm_cluster, third, "Dependency") == "(null)", "both are done"
+
+
+def test_a_task_on_data_that_is_warned_of_its_time_limit_goes_back_to_the_queue_once(slurm_cluster, tmp_path):
+    """The warning comes as before a time limit: to all processes of the job's steps."""
+    script = f"echo started >> {tmp_path}/starts; trap : USR2; until [ -e {tmp_path}/go ]; do sleep 0.2; done"
+    task = partial(subprocess.run, ["bash", "-c", script], check=True)
+    profile = tmp_path / "cpu.yaml"
+    profile.write_text("{executor: slurm, partition: low, time_limit_min: 30, gpus_per_node: 0, cpus_per_task: 2}")
+    (job,) = send_tasks("task", [task], tmp_path / "submitit", str(profile))
+    starts = tmp_path / "starts"
+    wait_until(starts.exists, "the task", 60, slurm_cluster.queue)
+    time.sleep(1)  # until submitit listens
+    slurm_cluster.call("scancel", "--signal=USR2", job)
+    wait_until(lambda: starts.read_text().count("started") == 2, "its second start", 60, slurm_cluster.queue)
+    (tmp_path / "go").touch()
+    slurm_cluster.wait_for_state(job, "COMPLETED")
+    assert slurm_cluster.job(job).restarts == 1
 
 
 def test_what_waits_for_a_run_that_fails_does_not_stay_in_the_queue(slurm_cluster, full, job, tmp_path):

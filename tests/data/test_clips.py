@@ -1,6 +1,7 @@
 """A clip is what a player would show there, whatever the codec, the decoder and the file's oddities."""
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -62,8 +63,12 @@ ODDITIES = {
 @pytest.fixture(scope="module")
 def oddities(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oddities")
+    usual = os.sched_getscheduler(0), os.sched_getparam(0)
     for name, (codec, options, settings) in ODDITIES.items():
         encode(folder / name, codec, options=options, **settings)
+    # SVT-AV1 makes root's process that calls it a real-time one, which all ranks of later tests would inherit: they
+    # starve each other and the machine.
+    os.sched_setscheduler(0, *usual)
     write_uneven(folder / "uneven.mp4")
     return folder
 

@@ -13,8 +13,12 @@ from play import SOON, Play, Script, Start
 
 import cosmos_hpc.job.hang as hang_module
 import cosmos_hpc.job.supervisor as supervisor_module
+from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.run_folder import RunFolder
 from cosmos_hpc.config.run_state import Ending, Status
+from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.job import allocation
+from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.step import start_step
 
 DONE = [[["save", 9], ["end", "finished", 9]], []]
@@ -273,7 +277,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tools.mkdir()
     node = "echo JobState=RUNNING Restarts=0 NodeList=node0 EndTime=Unknown"
     answers = {"scontrol": f'case "$*" in requeue*) kill -KILL $PPID;; show\\ job*) {node};; *) echo node0;; esac'}
-    answers["squeue"] = "echo 70_3.batch; echo 70_3.0; echo 70_3.1"
+    answers["squeue"] = "echo '70_3.batch|batch'; echo '70_3.0|true'; echo '70_3.1|cosmos-ranks'; echo '70_3.2|bash'"
     answers["sinfo"] = "echo node0; echo node1"
     answers["scancel"] = f'case "$1" in *KILL) kill -KILL $(cat {tmp_path}/launcher);; esac'
     for name, answer in answers.items():
@@ -299,7 +303,9 @@ def test_on_slurm_preemption_time_limit_and_a_bad_node_go_back_to_the_queue(
     play = start([first], executor="slurm")
     assert play.end() == -signal.SIGKILL
     asked = slurm.read_text().splitlines()
-    assert [line for line in asked if "show" not in line and "sinfo" not in line] == ["scontrol requeue 70_3"]
+    assert [line for line in asked if "show" not in line and "sinfo" not in line] == [
+        "scontrol requeue Incomplete 70_3"
+    ]
     assert (play.state.status, play.outcomes) == (Status.WAITING, [ending])
 
 
@@ -325,6 +331,49 @@ def test_on_slurm_a_hung_step_is_asked_for_stacks_and_killed_by_its_own_id(
     assert play.outcomes == ["hang", "finished"]
     calls = [line for line in slurm.read_text().splitlines() if line.startswith("scancel")]
     assert calls == ["scancel --signal=USR1 70_3.1", "scancel --signal=KILL 70_3.1"]
+
+
+def test_on_slurm_a_job_that_was_given_to_another_node_goes_on_although_its_earlier_start_holds_the_lock(
+    start: Start, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = start([[["sleep", 60]]], DONE[:1], executor="slurm")
+    wait_for(play.folder.rank_log(0, 0))
+    os.kill(play.pid, signal.SIGKILL)
+    assert play.end() == -signal.SIGKILL
+    monkeypatch.setattr(supervisor_module, "EARLIER_SELF_S", 0.2)
+    with locked(play.folder.supervisor_lock):  # as that of a process that SLURM has lost may be
+        again = Play(play.folder)
+        assert again.end() == 0
+        assert again.outcomes[-1] == "finished"
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+        other = Play(play.folder)
+        assert other.end() == 0
+    assert len(other.outcomes) == len(again.outcomes), "another job leaves a run with a supervisor alone"
+
+
+def test_on_slurm_a_supervisor_whose_job_runs_again_elsewhere_starts_nothing(start: Start, slurm: Path) -> None:
+    scontrol = slurm.with_name("bin") / "scontrol"
+    scontrol.write_text(scontrol.read_text().replace("Restarts=0", "Restarts=1"))
+    play = start(DONE[:1], executor="slurm")
+    assert play.end() == 0
+    assert not list(play.folder.path.glob("logs/*/rank_*"))
+
+
+def test_on_slurm_a_bad_node_is_kept_away_from_although_the_controller_is_busy_at_first(
+    start: Start, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation.time, "sleep", lambda _: None)
+    monkeypatch.setattr(allocation, "requeue_own_job", lambda job: True)
+    orders: list[list[str]] = []
+
+    def busy_at_first(job: str, nodes: list[str]) -> None:
+        orders.append(nodes)
+        if len(orders) == 1:
+            raise ConfigError("scontrol failed: busy")
+
+    monkeypatch.setattr(allocation, "keep_away", busy_at_first)
+    given = allocation.Allocation(RunFolder(tmp_path), RunConfig()).give_back(["gpu7"])
+    assert (given, orders) == (allocation.JobEnd.REQUEUED_BY_US, [["gpu7"], ["gpu7"]])
 
 
 def test_on_slurm_a_supervisor_that_is_killed_again_and_again_stops(start: Start, slurm: Path) -> None:

@@ -42,8 +42,8 @@ def orders(tmp_path: Path):
 
 
 def test_a_job_without_its_first_node_goes_back_to_the_queue_by_the_elements_own_id(orders):
-    assert orders("n1,n2,n3", "n2,n3") == ["scontrol requeue 7_2"]
-    assert orders("n11,n2") == ["scontrol requeue 7_2"], "another node whose name begins alike"
+    assert orders("n1,n2,n3", "n2,n3") == ["scontrol requeue Incomplete 7_2"]
+    assert orders("n11,n2") == ["scontrol requeue Incomplete 7_2"], "another node whose name begins alike"
 
 
 def test_what_is_not_known_or_not_running_is_left_alone(orders):

@@ -48,6 +48,18 @@ def test_each_phase_has_a_generous_limit_until_it_was_left_and_then_a_learned_on
     assert vigil.limit_s == 200.0
 
 
+def test_a_time_in_which_the_supervisor_stood_still_itself_is_no_silence_of_the_ranks() -> None:
+    clock = Clock()
+    vigil = Vigil(LIMITS, {"train": 2.0}, clock=clock)
+    hear(vigil, clock, "train", 1, after_s=1)
+    clock.now += 1e6
+    assert vigil.is_hung
+    vigil.forgive(1e6)
+    assert not vigil.is_hung
+    clock.now += vigil.limit_s + 1
+    assert vigil.is_hung
+
+
 def test_each_hang_doubles_the_limits_for_the_next_attempt() -> None:
     for num_hangs, first_s, learned_s in ((0, 1000.0, 100.0), (1, 2000.0, 200.0), (2, 4000.0, 400.0)):
         clock = Clock()

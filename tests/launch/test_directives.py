@@ -97,7 +97,7 @@ def test_srun_repeats_the_size_and_runs_one_task_a_gpu():
     command = step_command(run("cluster.cpus_per_task=12"), folder, 3)
     assert command[0] == "srun"
     for flag in ("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12",
-                 "--kill-on-bad-exit=1"):  # fmt: skip
+                 "--kill-on-bad-exit=1", "--export=ALL", "--job-name=cosmos-ranks"):  # fmt: skip
         assert flag in command
     assert command[-6:] == ["-m", "cosmos_hpc.train", "--run-folder", "/runs/roads/000-abc", "--attempt", "3"]
 

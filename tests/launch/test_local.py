@@ -1,7 +1,11 @@
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+
+import pytest
 
 from cosmos_hpc.config.run_folder import ExperimentFolder
 from cosmos_hpc.launch.local import children, is_locked, locked, place_among
@@ -32,6 +36,21 @@ def test_a_lock_is_seen_by_others_and_freed_by_the_death_of_its_holder(tmp_path)
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert not is_locked(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_where_the_file_system_has_no_locks_all_are_alone(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output"), locked(tmp_path / "supervisor.lock"):
+            pass
+        return
+    with locked(tmp_path / "supervisor.lock") as ours:
+        assert ours
+        assert not is_locked(tmp_path / "supervisor.lock")
 
 
 def test_a_run_waits_for_a_place_until_it_gives_up(tmp_path):

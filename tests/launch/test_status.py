@@ -13,6 +13,7 @@ from cosmos_hpc.config.load import to_yaml
 from cosmos_hpc.config.run_folder import ExperimentFolder, RunFolder
 from cosmos_hpc.config.run_state import Ending, RunState
 from cosmos_hpc.config.schema import RunConfig
+from cosmos_hpc.launch import status
 from cosmos_hpc.launch.local import locked
 from cosmos_hpc.launch.status import Straggler, cancel, run_status, stragglers
 from cosmos_hpc.tables import print_status
@@ -65,6 +66,14 @@ def test_a_run_that_could_not_be_compiled_says_so(folder: RunFolder, capsys: pyt
     folder.heartbeat.write_text(json.dumps({"attempt": 0, "compilation": "eager: there is no GPU"}))
     print_status([run_status(folder)])
     assert "computes" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_sent_is_not_cancelled_by_half(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.pending_mark.write_text("")  # until sbatch has told the job
+    monkeypatch.setattr(status, "cancel_jobs", lambda jobs: None)
+    with locked(folder.experiment.submit_lock):
+        assert status.cancel_all([folder]) == {folder: "is being sent at this moment: cancel it again"}
+    assert not folder.cancel_mark.exists()
 
 
 @pytest.mark.parametrize("times", [[], [0.5], [0.0, 0.0], [0.5, 0.6, 0.55]])
