@@ -109,6 +109,7 @@ class CheckpointStore:
         self._layout: dict[str, Any] = {}
         self._best_by = BestBy(config.checkpoint.best_by)
         self._best = -math.inf
+        self._best_num_clips: float | None = None
         self._scores: tuple[int, dict[str, float]] = (0, {})
         self._is_best = False
         self.saved_step: int | None = None
@@ -144,7 +145,9 @@ class CheckpointStore:
     def note(self, step: int, scores: "ValidationScores") -> None:
         """Take down the scores of a step, for its checkpoint; all ranks have the same."""
         self._scores = step, scores.written()
-        worth = self._best_by.worth(self._scores[1])
+        worth, num_clips = self._best_by.worth(self._scores[1]), self._scores[1].get("val_clips")
+        if num_clips != self._best_num_clips:  # on other clips, scores are not to be compared
+            self._best, self._best_num_clips = -math.inf, num_clips
         self._is_best = worth is not None and worth > self._best
         self._best = worth if self._is_best and worth is not None else self._best
 
@@ -282,7 +285,7 @@ class CheckpointStore:
         if self._groups.rank.is_first:
             self._remove_unfinished()
         best = self._groups.from_first(self._best_by.best(self._folder.checkpoints))
-        self._best = -math.inf if best is None else best[1]
+        self._best, self._best_num_clips = (-math.inf, None) if best is None else (best.worth, best.num_clips)
         found = self.newest_good()
         if found is None:
             return None

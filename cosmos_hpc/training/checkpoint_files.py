@@ -7,8 +7,8 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from cosmos_hpc.config.run_folder import read_json
 
@@ -30,6 +30,15 @@ def write_digests(folder: Path, rank: int, digests: dict[str, str]) -> None:
     (folder / f".digests_{rank:05d}.json").write_text(json.dumps(digests))
 
 
+class Best(NamedTuple):
+    """The best checkpoint of a run."""
+
+    path: Path
+    worth: float
+    num_clips: float | None
+    """Clips that it was validated on, where that is known."""
+
+
 class BestBy:
     """Compares checkpoints by a validation score that their checkpoint.json holds."""
 
@@ -44,16 +53,22 @@ class BestBy:
             return None
         return -value if "lpips" in str(self.metric) else value
 
-    def best(self, checkpoints: Path) -> tuple[Path, float] | None:
-        """The best whole checkpoint in that folder and its worth; the earliest of equals."""
-        found = [(path, self._worth_of(path)) for path in sorted(checkpoints.glob("step_????????"))]
-        return max(((path, worth) for path, worth in found if worth is not None), key=itemgetter(1), default=None)
+    def best(self, checkpoints: Path) -> Best | None:
+        """The best whole checkpoint in that folder, of those validated on as many clips as the newest of them.
 
-    def _worth_of(self, checkpoint: Path) -> float | None:
+        The earliest of equals.
+        """
+        found = [best for path in sorted(checkpoints.glob("step_????????")) if (best := self._rated(path)) is not None]
+        alike = [best for best in found if best.num_clips == found[-1].num_clips]
+        return max(alike, key=lambda best: best.worth, default=None)
+
+    def _rated(self, checkpoint: Path) -> Best | None:
         try:
-            return self.worth(read_json(checkpoint / "checkpoint.json").get("scores", {}))
+            scores = read_json(checkpoint / "checkpoint.json").get("scores", {})
         except ValueError:
             return None
+        worth = self.worth(scores)
+        return None if worth is None else Best(checkpoint, worth, scores.get("val_clips"))
 
 
 def publish(unfinished: Path, target: Path) -> None:
@@ -88,7 +103,7 @@ def point_and_prune(target: Path, keep: int, best_by: BestBy) -> None:
     _point_at(target, "latest")
     best = best_by.best(target.parent)
     if best is not None:
-        _point_at(best[0], "best")
+        _point_at(best.path, "best")
     fsync(target.parent)
     for old in sorted(target.parent.glob("step_????????"))[:-keep]:
         if best is None or old != best[0]:

@@ -61,6 +61,9 @@ class ValidationScores(NamedTuple):
     general_lpips_ema: float | None = None
     """Of the averaged weights."""
 
+    val_clips: float | None = None
+    """Clips of val: fewer where a run goes on with fewer ranks or a smaller micro batch, and then others as well."""
+
     def written(self) -> dict[str, float]:
         """Those that there are, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}

@@ -120,6 +120,8 @@ class Validation:
                 "decoded (see the warnings above): set fewer frames or add videos"
             )
         scores = {name: total / count for name, total in zip(names, totals, strict=True)}
+        if split == "val":
+            scores["val_clips"] = count
         if counts_codes:
             use = code_use(self._groups.total(counts))
             scores |= {"val_code_use": use.share, "val_perplexity": use.perplexity}

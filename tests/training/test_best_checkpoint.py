@@ -38,12 +38,21 @@ def test_the_best_stays_beside_the_last_ones_until_a_better_one_comes(tmp_path, 
     assert (tmp_path / "best").resolve() == tmp_path / "step_00000006"
 
 
+def test_scores_on_other_clips_are_not_compared(tmp_path):
+    best_by = BestBy("val_psnr")
+    for step, (clips, value) in enumerate([(64, 30.0), (64, 29.0), (32, 25.0), (32, 26.0), (32, 24.0)], start=1):
+        save(tmp_path, step, best_by, val_psnr=value, val_clips=clips)
+    assert (tmp_path / "best").resolve() == tmp_path / "step_00000004"
+    save(tmp_path, 6, best_by, val_psnr=23.0)  # its score is not known to be of as many
+    assert (tmp_path / "best").resolve() == tmp_path / "step_00000006"
+
+
 def test_checkpoints_without_that_score_are_never_best(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step, BestBy("val_ssim"), val_psnr=20.0 - step)
     assert kept(tmp_path) == [3, 4]
     assert not (tmp_path / "best").exists()
-    assert BestBy("val_psnr").best(tmp_path) == (tmp_path / "step_00000003", 17.0)
+    assert BestBy("val_psnr").best(tmp_path) == (tmp_path / "step_00000003", 17.0, None)
     assert BestBy(None).best(tmp_path) is None
     assert math.isclose(BestBy("val_lpips").worth({"val_lpips": 0.25}), -0.25)
 

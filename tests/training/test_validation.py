@@ -57,7 +57,7 @@ def test_each_clip_counts_once_in_uneven_batches_for_the_weights_and_their_avera
     assert scores.val_lpips is None
     assert len(seen) == 2
     alone = validation.run(Brighter(0.02), lambda: None)
-    assert alone.written().keys() == {"val_psnr", "val_ssim"}
+    assert alone.written().keys() == {"val_psnr", "val_ssim", "val_clips"}
     assert alone[:2] == pytest.approx(scores[:2])
 
 
@@ -104,6 +104,8 @@ def test_only_a_validation_better_than_all_before_asks_for_a_checkpoint(groups, 
         found.append(store.is_best(step))
         assert not store.is_best(step + 1)
     assert found == [True, False, False, False, True]
+    store.note(12, ValidationScores(20.0, val_ssim=0.3, val_clips=8))
+    assert store.is_best(12), "on other clips"
 
 
 def test_a_second_dataset_is_scored_by_itself(groups):
@@ -120,7 +122,8 @@ def test_a_second_dataset_is_scored_by_itself(groups):
     validation = Validation({"val": [dark, dark], "general": [bright]}, TrainerConfig(precision="32"), groups)
     scores = validation.run(Steady(), lambda: None, Steady())
     assert (scores.val_psnr, scores.general_psnr) == pytest.approx((20, 40), abs=1e-3)
-    assert scores.written().keys() == {
+    assert scores.val_clips == 2
+    assert scores.written().keys() - {"val_clips"} == {
         f"{split}_{name}{kind}" for split in ("val", "general") for name in ("psnr", "ssim") for kind in ("", "_ema")
     }
 
