@@ -1,5 +1,6 @@
 """All checks in their order, and which of them are quick enough to be done by every `submit`."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,7 @@ def examine(
     try:
         case = _case(job, overrides)
     except ConfigError as error:
-        return [failed("sweep" if "sweep" in str(error) else "settings", str(error))], None
+        return [failed("sweep" if re.search(": (the )?sweep", str(error)) else "settings", str(error))], None
     varied = f"{len(case.runs)} runs" if len(case.runs) > 1 else "one run"
     found = [passed("settings", f"{job}: {varied} of {case.first.model.model}")]
     checks = [check for check in CHECKS if case.is_on_slurm or not check.is_of_slurm]

@@ -20,7 +20,7 @@ PARTITION = "PartitionName=gpu State=UP PreemptMode=REQUEUE GraceTime=120 MaxTim
 SCRIPTS = {
     "sinfo": 'case "$*" in *--Node*) cat {nodes};; *) cat {sinfo};; esac',
     "scontrol": 'case "$2" in config) cat {config};; partition) cat {partition};; esac',
-    "sbatch": "cat {refusal} >&2; test ! -s {refusal}",
+    "sbatch": "cat {refusal} >&2; test ! -s {refusal} && echo 7",
     "squeue": "",
     "sacct": "",
     "sacctmgr": "echo 'cluster|00:00:00'",

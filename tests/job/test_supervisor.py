@@ -86,7 +86,7 @@ def unbroken(quick_job) -> RunFolder:
 
 def test_broken_runs_repeat_the_losses_of_an_unbroken_one(quick_job, unbroken):
     assert [step for step, _ in losses(unbroken)] == list(range(1, 25))
-    assert metrics(unbroken)[0].keys() == {"step", "val_psnr", "val_ssim", "attempt"}
+    assert metrics(unbroken)[0].keys() == {"step", "val_psnr", "val_ssim", "val_clips", "attempt"}
     assert [line["step"] for line in metrics(unbroken) if "val_psnr" in line] == [0, 12, 24]
     assert metrics(unbroken)[-1]["val_psnr"] > metrics(unbroken)[0]["val_psnr"] + 3, "it did not learn"
     assert "val_psnr_ema" in metrics(unbroken)[-1]
