@@ -28,6 +28,11 @@ class Rank:
         """True on rank 0, the one that writes."""
         return self.rank == 0
 
+    @property
+    def is_on_first_node(self) -> bool:
+        """True on the ranks beside rank 0: nodes are filled one after the other."""
+        return self.rank == self.local_rank
+
 
 def current_rank() -> Rank:
     """This process as torchrun or srun describes it; alone where neither started it."""

@@ -24,6 +24,17 @@ TEARDOWN = (
 """The last lines of the batch script; its exit code is the job's. A cancelled job is COMPLETING, not RUNNING."""
 
 
+def task_directives(run: RunConfig) -> dict[str, Any]:
+    """The options of a task on data, without GPUs.
+
+    It is a step of its own, since SLURM warns steps alone before the time limit.
+    """
+    options = directives(run)
+    del options["slurm_additional_parameters"]["gpus_per_node"]
+    cpus = run.cluster.cpus_per_task  # srun takes no size over
+    return options | {"slurm_use_srun": True, "slurm_srun_args": [f"--cpus-per-task={cpus}"] if cpus else []}
+
+
 def directives(run: RunConfig, max_parallel: int | None = None) -> dict[str, Any]:
     """The options of one run, named as submitit's AutoExecutor names them.
 

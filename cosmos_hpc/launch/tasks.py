@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_hpc.config.errors import ConfigError
 from cosmos_hpc.config.load import load_experiment, resolve
-from cosmos_hpc.launch.directives import NO_LIMIT, directives
+from cosmos_hpc.launch.directives import NO_LIMIT, task_directives
 from cosmos_hpc.launch.submit import YEAR_MIN, shielded
 
 if TYPE_CHECKING:  # takes half a second
@@ -63,12 +63,7 @@ def send_tasks(name: str, tasks: Sequence[Callable[[], None]], folder: Path, clu
         executor.update_parameters(name=name, timeout_min=YEAR_MIN)
     else:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=NO_LIMIT)
-        options = directives(run)
-        del options["slurm_additional_parameters"]["gpus_per_node"]
-        options["slurm_use_srun"] = True  # SLURM's warning before the time limit goes to steps alone
-        if run.cluster.cpus_per_task is not None:
-            options["slurm_srun_args"] = [f"--cpus-per-task={run.cluster.cpus_per_task}"]
-        executor.update_parameters(**options)
+        executor.update_parameters(**task_directives(run))
     try:
         with shielded(), executor.batch():
             jobs = [executor.submit(ResumableTask(task)) for task in tasks]

@@ -142,12 +142,11 @@ def compile_and_compare(
     spread = test.spread()
     torch.backends.cudnn.benchmark = on_gpu  # before graphs are recorded
     compile_in_regions(subject, backend=backend, with_graphs=on_gpu)
-    is_on_first_node = groups.rank.rank == groups.rank.local_rank
-    if not is_on_first_node:
+    if not groups.rank.is_on_first_node:
         groups.barrier()  # until the first node has left what the others load
     store.load()
     own = test.compare(spread)
-    if is_on_first_node:
+    if groups.rank.is_on_first_node:
         store.save()
         groups.barrier()
     findings = groups.gather(own)
